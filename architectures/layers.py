@@ -1,0 +1,86 @@
+"""Parts that several architectures share: short causal convolution, rotary embedding, head splitting.
+
+Axes: B batch, T time, D channels, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[..., H * K] -> [..., H, K]."""
+    return x.unflatten(-1, (num_heads, -1))
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[..., H, K] -> [..., H * K]."""
+    return x.flatten(-2)
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution over a few tokens: y_t = sum_j w_j x_{t-j} (+ b), j < kernel_size.
+
+    Its memory is the last kernel_size - 1 inputs, [B, kernel_size - 1, D], oldest first, zeros before the
+    sequence starts. Weights are initialised as `nn.Conv1d` does. Raises ValueError if kernel_size < 1.
+    """
+
+    def __init__(self, d_model: int, kernel_size: int, *, bias: bool = True, activation: str | None = None):
+        super().__init__()
+        if kernel_size < 1:
+            raise ValueError(f"kernel_size must be at least 1, got {kernel_size}")
+        if activation not in (None, "silu"):
+            raise ValueError(f"activation={activation!r} is not one of None, 'silu'")
+        self.kernel_size = kernel_size
+        self.activation = activation
+        bound = kernel_size**-0.5
+        self.weight = nn.Parameter(torch.empty(d_model, kernel_size).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(d_model).uniform_(-bound, bound)) if bias else None
+
+    def init_tail(self, batch_size: int, *, device=None, dtype=None) -> Tensor:
+        """Zero memory [B, kernel_size - 1, D]."""
+        return torch.zeros(batch_size, self.kernel_size - 1, self.weight.shape[0], device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, D], from an empty memory."""
+        return self._convolve(F.pad(x, (0, 0, self.kernel_size - 1, 0)), x.shape[1])
+
+    def prefill(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, D], tail -> [B, T, D], tail after the T tokens."""
+        extended = torch.cat([tail.to(x.dtype), x], dim=1)
+        return self._convolve(extended, x.shape[1]), extended[:, x.shape[1] :].to(tail.dtype)
+
+    def step(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, D], tail -> [B, D], tail."""
+        y, tail = self.prefill(x.unsqueeze(1), tail)
+        return y.squeeze(1), tail
+
+    def _convolve(self, extended: Tensor, length: int) -> Tensor:
+        # A few shifted products are faster than conv1d on CPU, and fuse into one kernel under torch.compile.
+        y = extended[:, self.kernel_size - 1 :] * self.weight[:, 0]
+        for lag in range(1, self.kernel_size):
+            start = self.kernel_size - 1 - lag
+            y = y + extended[:, start : start + length] * self.weight[:, lag]
+        if self.bias is not None:
+            y = y + self.bias
+        return F.silu(y) if self.activation == "silu" else y
+
+
+def rotary(x: Tensor, positions: Tensor, *, fraction: float = 1.0, base: float = 10000.0) -> Tensor:
+    """Rotary position embedding (arXiv:2104.09864) on the first `fraction` of the head width.
+
+    x [B, T, H, K], positions [T] -> [B, T, H, K]. The rotated width must be even.
+    """
+    width = int(x.shape[-1] * fraction)
+    if width % 2:
+        raise ValueError(f"rotary embedding needs an even width, got {width} of head_dim {x.shape[-1]}")
+    frequencies = base ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width)
+    angles = (positions.to(torch.float64)[:, None] * frequencies).to(
+        torch.promote_types(x.dtype, torch.float32)
+    )
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    first, second = x[..., : width // 2], x[..., width // 2 : width]
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., width:]], dim=-1)
+    return turned.to(x.dtype)

@@ -1,0 +1,202 @@
+"""The sequence-mixer contract: a parallel form for training, a recurrent form for decoding, and a state
+whose size is measured, never written by hand.
+
+Axes: B batch, T time, D model width, H heads, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from architectures import backends
+
+State = Any  # a NamedTuple, possibly nested, whose leaves are tensors
+
+# Two lengths far apart: axes of a state that agree at both do not depend on the sequence length.
+_SHORT, _LONG = 1, 1 << 20
+
+
+def state_tensors(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield (field name, tensor) for every leaf of a state; nested fields are joined with a dot."""
+    if isinstance(state, Tensor):
+        yield prefix, state
+        return
+    if not (isinstance(state, tuple) and hasattr(state, "_fields")):
+        raise TypeError(
+            f"a state is a NamedTuple of tensors, got {type(state).__name__} at {prefix or 'top'!r}"
+        )
+    for name, value in zip(state._fields, state):
+        yield from state_tensors(value, f"{prefix}.{name}" if prefix else name)
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """Apply `function` to every tensor of a state and return a state of the same type."""
+    if isinstance(state, Tensor):
+        return function(state)
+    return type(state)(*(map_state(function, value) for value in state))
+
+
+def clone_state(state: State) -> State:
+    """Copy a state, so that it survives the next `step` or `prefill` (those may write into their argument)."""
+    return map_state(torch.clone, state)
+
+
+def count_elements(tensor: Tensor) -> int:
+    """Real numbers held by a state tensor: complex entries count twice, a 0-d integer counter not at all."""
+    if tensor.ndim == 0 and not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def count_bytes(tensor: Tensor) -> int:
+    """Bytes held by a state tensor, 0-d integer counters excepted."""
+    return tensor.numel() * tensor.element_size() if count_elements(tensor) else 0
+
+
+class SequenceMixer(nn.Module):
+    """Base class of every architecture: maps [B, T, D] to [B, T, D], causally, with an explicit decode state.
+
+    A subclass defines `forward`, `init_state`, `prefill` and `step`. Rules that the tests check for each:
+
+    - `step` reads parameters, `x` and `state`, nothing else, and returns a state of the same shapes.
+    - State tensors have the batch as their first axis; the only exception is a 0-d integer position.
+    - `step` and `prefill` may write into the tensors of the state they were given: use the returned
+      state from then on, and `clone_state` to keep an earlier one.
+    - Memory that grows with the sequence is allocated at `max_seq_len` by `init_state`.
+
+    Class attribute `backends` lists the implementations, fastest first; `reference` is always among them.
+    """
+
+    backends: ClassVar[tuple[str, ...]] = ("reference",)
+
+    def __init__(self, d_model: int, *, backend: str = "auto"):
+        super().__init__()
+        if not isinstance(d_model, int) or d_model < 1:
+            raise ValueError(f"d_model must be a positive integer, got {d_model!r}")
+        allowed = ("auto", *self.backends)
+        if backend not in allowed:
+            raise ValueError(
+                f"backend={backend!r} is not one of {', '.join(allowed)} for {type(self).__name__}"
+            )
+        self.d_model = d_model
+        self.backend = backend
+        self._resolved: dict[tuple, str] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Parallel form: x [B, T, D] -> [B, T, D]."""
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> State:
+        """Empty state for `batch_size` sequences of at most `max_seq_len` tokens."""
+        raise NotImplementedError
+
+    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Parallel form from a state on: x [B, T, D], state -> [B, T, D], state after the T tokens."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token: x [B, D], state -> [B, D], state."""
+        raise NotImplementedError
+
+    def state_size(self, seq_len: int) -> int:
+        """Real numbers carried per sequence between two tokens at length `seq_len`, counted on the tensors."""
+        return sum(self.state_fields(seq_len).values())
+
+    def state_fields(self, seq_len: int) -> dict[str, int]:
+        """Elements of each state field for one sequence of length `seq_len`."""
+        state = self.init_state(1, seq_len, device="meta")
+        return {name: count_elements(tensor) for name, tensor in state_tensors(state)}
+
+    def state_bytes(self, seq_len: int, dtype: torch.dtype | None = None) -> int:
+        """Bytes carried per sequence at length `seq_len`, in the dtype the state is kept in."""
+        state = self.init_state(1, seq_len, device="meta", dtype=dtype)
+        return sum(count_bytes(tensor) for _, tensor in state_tensors(state))
+
+    def like_parameters(self, device=None, dtype=None) -> dict[str, Any]:
+        """Device and dtype for new state tensors: those given, else those of the parameters."""
+        parameter = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        return {"device": parameter.device if device is None else device, "dtype": dtype or parameter.dtype}
+
+    # -- checks ---------------------------------------------------------------------------------------------
+
+    def check_state(self, x: Tensor, state: State) -> None:
+        """Refuse a state of another architecture, configuration, batch size, device or dtype.
+
+        Raises ValueError naming the field and what was expected. Reads shapes only: no device synchronisation.
+        """
+        template, lengths = self._state_template()
+        if type(state) is not type(template):
+            raise ValueError(
+                f"{type(self).__name__} expects a state of type {type(template).__name__}, "
+                f"got {type(state).__name__}: use its own init_state()"
+            )
+        for (name, tensor), (_, short), (_, long) in zip(
+            state_tensors(state), state_tensors(template), state_tensors(lengths)
+        ):
+            if short.ndim == 0:
+                continue
+            wanted = [x.shape[0]] + [s if s == g else None for s, g in zip(short.shape[1:], long.shape[1:])]
+            fits = tensor.ndim == len(wanted) and all(w in (None, n) for w, n in zip(wanted, tensor.shape))
+            if not fits:
+                shown = ", ".join("any" if w is None else str(w) for w in wanted)
+                raise ValueError(f"state field {name!r} has shape {tuple(tensor.shape)}, expected [{shown}]")
+            if tensor.device != x.device:
+                raise ValueError(f"state field {name!r} is on {tensor.device}, the input on {x.device}")
+            real = tensor.is_floating_point() and x.is_floating_point()
+            low = x.dtype in (torch.bfloat16, torch.float16)
+            if real and tensor.dtype != x.dtype and not (low and tensor.dtype == torch.float32):
+                raise ValueError(
+                    f"state field {name!r} is {tensor.dtype}, the input {x.dtype}: "
+                    "allowed are the input's dtype, or float32 beside a 16-bit input"
+                )
+
+    def _state_template(self) -> tuple[State, State]:
+        if "_template" not in self.__dict__:
+            self._template = tuple(self.init_state(1, n, device="meta") for n in (_SHORT, _LONG))
+        return self._template
+
+    # -- backends -------------------------------------------------------------------------------------------
+
+    def unsupported(
+        self, backend: str, *, device: torch.device, dtype: torch.dtype, seq_len: int
+    ) -> str | None:
+        """Why `backend` cannot run this shape, dtype or device; None if it can. Subclasses override it."""
+        return None
+
+    def resolve_backend(self, device: torch.device | str, dtype: torch.dtype, seq_len: int) -> str:
+        """The backend that runs x [B, seq_len, D] of `dtype` on `device`.
+
+        A named backend is returned or refused with the reason (`BackendError`); `auto` takes the first of
+        `backends` that is installed, supports the case, and has not failed its parity check.
+        """
+        device = torch.device(device)
+        key = (device.type, dtype, seq_len)
+        if key not in self._resolved:
+            self._resolved[key] = backends.resolve(self, device, dtype, seq_len)
+        return self._resolved[key]
+
+    def backend_for(self, x: Tensor) -> str:
+        """`resolve_backend` for the tensor at hand, in the dtype autocast would compute with."""
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        return self.resolve_backend(x.device, dtype, x.shape[1] if x.ndim == 3 else 1)
+
+
+def divide_heads(d_model: int, num_heads: int, *, name: str = "num_heads") -> int:
+    """Width of one head. Raises ValueError unless `num_heads` divides `d_model`."""
+    if num_heads < 1 or d_model % num_heads:
+        divisors = [n for n in range(1, d_model + 1) if d_model % n == 0]
+        raise ValueError(f"{name}={num_heads} does not divide d_model={d_model}: allowed are {divisors}")
+    return d_model // num_heads
+
+
+def default_num_heads(d_model: int, head_dim: int) -> int:
+    """The number of heads that comes closest to width `head_dim` and divides `d_model`."""
+    divisors = [n for n in range(1, d_model + 1) if d_model % n == 0]
+    return min(divisors, key=lambda n: (abs(math.log(d_model / n / head_dim)), n))
