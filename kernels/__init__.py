@@ -1,0 +1,15 @@
+"""Operations of sequence mixers: one public function each, a plain-PyTorch reference and faster backends behind it.
+
+Each line below imports public functions and plain PyTorch only; a backend is imported when it first runs. They
+are imported at once and not on demand, because a folder and its function share a name, and Python would
+otherwise let whichever was imported last win.
+"""
+
+from kernels.prefix_linear_attention import prefix_linear_attention
+from kernels.taylor_linear_attention import taylor_linear_attention, taylor_linear_attention_step
+
+__all__ = [
+    "prefix_linear_attention",
+    "taylor_linear_attention",
+    "taylor_linear_attention_step",
+]
