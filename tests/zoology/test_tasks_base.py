@@ -72,6 +72,7 @@ def test_only_tasks_can_be_registered():
         tasks.register("x")(dict)
 
 
+@pytest.mark.filterwarnings("ignore:Field name")
 def test_a_task_cannot_have_an_option_called_name(scratch_registry):
     with pytest.raises((ValueError, NameError), match="name"):
 

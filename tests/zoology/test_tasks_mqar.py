@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from zoology.tasks import IGNORE_INDEX, MQAR
+from zoology.tasks.mqar import predecessor_mqar
 
 LEVEL = 1e-4  # the seeds are fixed, so a test that passes once passes always
 
@@ -205,3 +206,49 @@ def test_required_bits():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         MQAR(**options)
+
+
+PREDECESSOR = [  # hashes of what the published code gave, run at HazyResearch/zoology d88d6f5
+    ((8192, 1000, 64, 0, 4), {}, "509945552f27b1a1"),
+    ((8192, 300, 64, 123, 16), {}, "1e3afb989b60b657"),
+    ((8192, 200, 256, 7, 64), {}, "cdd46a4a923960ac"),
+    ((8192, 50, 512, 1, 64), {}, "674d84f76abfbbf5"),
+    ((8192, 20, 1024, 2**31 + 5, 256), {}, "f5889349b8d934c1"),
+    ((100, 500, 32, 3, 3), {"power_a": 0.5}, "21e1be71a7903c04"),
+    ((70, 200, 64, 9, 16), {"power_a": 1.0}, "c49685ecdc563f7f"),
+    ((33, 100, 32, 4, 5), {"power_a": 0.1}, "2936f959e7994c13"),
+    ((12, 50, 8, 11, 1), {}, "c7d9ac45f1927a82"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "expected"), PREDECESSOR)
+def test_predecessor_bit_for_bit(arguments, options, expected):
+    assert digest(predecessor_mqar(*arguments, **options)) == expected
+
+
+def test_predecessor_follows_the_same_definition():
+    task = MQAR(vocab_size=70, seq_len=64, num_kv_pairs=15, random_non_queries=False)
+    batch = predecessor_mqar(70, 20, 64, 5, 15)
+    for inputs, labels in zip(batch.inputs.tolist(), batch.labels.tolist()):
+        check_example(task, inputs, labels)
+
+
+def test_predecessor_leaves_the_global_generator_alone():
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    predecessor_mqar(100, 3, 32, 3, 3)
+    assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((64, 10, 64, 0, 4), "vocab_size=64: must exceed seq_len=64"),
+        ((8192, 10, 64, 1 << 32, 4), "seed=4294967296: must be below 2.32"),
+        ((8192, 10, 64, -1, 4), "seed=-1: must be a whole number >= 0"),
+        ((8192, 0, 64, 0, 4), "num_examples=0: must be a whole number >= 1"),
+        ((8192, 10, 64, 0, 17), "num_kv_pairs=17 .* at most 16"),
+    ],
+)
+def test_predecessor_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        predecessor_mqar(*arguments)

@@ -68,9 +68,7 @@ def test_integers_are_uniform(low, high):
 @pytest.mark.parametrize("probability", [0.0, 0.2, 1.0])
 def test_bernoulli(probability):
     hits = stream(probability).bernoulli(probability, 100, 200)
-    assert hits.mean() == pytest.approx(
-        probability, abs=4 * math.sqrt(probability * (1 - probability) / 20_000)
-    )
+    assert hits.mean() == pytest.approx(probability, abs=4 * math.sqrt(probability * (1 - probability) / 20_000))
 
 
 @pytest.mark.parametrize(("size", "k"), [(5, 1), (5, 2), (8, 2), (4, 4), (5, 3), (13, 3)])
@@ -83,9 +81,7 @@ def test_distinct_is_uniform_over_ordered_choices(size, k):
     assert stats.chisquare(counts).pvalue > LEVEL
 
 
-@pytest.mark.parametrize(
-    ("size", "k"), [(1, 1), (4095, 4), (4095, 256), (1000, 250), (1000, 251), (300, 300)]
-)
+@pytest.mark.parametrize(("size", "k"), [(1, 1), (4095, 4), (4095, 256), (1000, 250), (1000, 251), (300, 300)])
 def test_distinct_has_no_duplicates(size, k):
     drawn = stream(size, k).distinct(1, 1 + size, 300, k)
     assert drawn.min() >= 1

@@ -112,8 +112,8 @@ class Task(BaseModel):
         return Stream(stream_key(self.identity(), stream, seed), chunk)
 
     def _generate(self, stream: str, num_examples: int, seed: int) -> Batch:
-        num_examples = _integer("num_examples", num_examples, at_least=1)
-        seed = _integer("seed", seed, at_least=0)
+        num_examples = whole_number("num_examples", num_examples, at_least=1)
+        seed = whole_number("seed", seed, at_least=0)
         inputs = torch.empty(num_examples, self.seq_len, dtype=torch.int64)
         labels = torch.empty(num_examples, self.seq_len, dtype=torch.int64)
         in_rows, out_rows = inputs.numpy(), labels.numpy()
@@ -122,9 +122,7 @@ class Task(BaseModel):
 
         def fill(chunk: int) -> None:
             rows = slice(chunk * size, min((chunk + 1) * size, num_examples))
-            in_rows[rows], out_rows[rows] = self._checked(
-                *self.draw(Stream(key, chunk), rows.stop - rows.start)
-            )
+            in_rows[rows], out_rows[rows] = self._checked(*self.draw(Stream(key, chunk), rows.stop - rows.start))
 
         chunks = range(-(-num_examples // size))
         threads = min(len(chunks), torch.get_num_threads())
@@ -159,7 +157,7 @@ def dataset_hash(task: Task, stream: str, num_examples: int, seed: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _integer(name: str, value: Any, at_least: int) -> int:
+def whole_number(name: str, value: Any, at_least: int) -> int:
     """`value` as an int. Raises ValueError unless it is a whole number >= `at_least`."""
     try:
         number = operator.index(value)

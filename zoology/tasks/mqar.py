@@ -4,9 +4,10 @@ import math
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from pydantic import Field, model_validator
 
-from .base import IGNORE_INDEX, Task
+from .base import IGNORE_INDEX, Batch, Task, whole_number
 from .registry import register
 from .samplers import Stream, power_law_handicaps
 
@@ -44,9 +45,7 @@ class MQAR(Task):
         check_layout(self.seq_len, self.num_kv_pairs, self.num_passes)
         check_vocabulary(self.vocab_size, self.num_kv_pairs)
         if self.filler == "distinct" and not self.random_non_queries:
-            raise ValueError(
-                "filler='distinct' with random_non_queries=False: without random filler it must be 'any'"
-            )
+            raise ValueError("filler='distinct' with random_non_queries=False: without random filler it must be 'any'")
         return self
 
     @property
@@ -118,3 +117,50 @@ def ask(inputs: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.
     np.put_along_axis(inputs, positions, keys, axis=1)
     np.put_along_axis(labels, positions, values, axis=1)
     return inputs, labels
+
+
+def predecessor_mqar(
+    vocab_size: int,
+    num_examples: int,
+    seq_len: int,
+    seed: int,
+    num_kv_pairs: int,
+    power_a: float = 0.01,
+) -> Batch:
+    """The published benchmark's own examples, bit for bit: `inputs` and `labels`, [num_examples, seq_len] int64.
+
+    The data of `multiquery_ar` in HazyResearch/zoology (d88d6f5) for random_non_queries=False and one pass: a
+    Mersenne Twister seeded with `seed` draws, row by row, first all keys, then all values (each the head of a
+    permutation of its half of the vocabulary), then all slots. With random filler the published data come from
+    whatever state the global generator of PyTorch is in, and cannot be reproduced from a seed.
+
+    Raises ValueError as MQAR does, for vocab_size <= seq_len, and for seed outside [0, 2^32).
+    """
+    MQAR(vocab_size=vocab_size, seq_len=seq_len, num_kv_pairs=num_kv_pairs, power_a=power_a)
+    if vocab_size <= seq_len:
+        raise ValueError(f"vocab_size={vocab_size}: must exceed seq_len={seq_len}, as the published code demands")
+    num_examples = whole_number("num_examples", num_examples, at_least=1)
+    if whole_number("seed", seed, at_least=0) >= 1 << 32:
+        raise ValueError(f"seed={seed}: must be below 2^32")
+    random = np.random.RandomState(seed)
+    half, context = vocab_size // 2, 2 * num_kv_pairs
+    shape = (num_examples, num_kv_pairs)
+    slots = (seq_len - context) // 2
+    weights = power_a * np.arange(1, slots + 1) ** (power_a - 1)
+    weights /= weights.sum()
+
+    keys, values, asked = np.empty(shape, int), np.empty(shape, int), np.empty(shape, int)
+    # Whole permutations are what the published draws consume, though only their heads are used.
+    for rows, size in ((keys, half - 1), (values, vocab_size - half)):
+        for row in rows:
+            row[:] = random.permutation(size)[:num_kv_pairs]
+    keys += 1
+    values += half
+    for row in asked:
+        row[:] = random.choice(slots, size=num_kv_pairs, replace=False, p=weights)
+
+    inputs = np.zeros((num_examples, seq_len), dtype=np.int64)
+    inputs[:, 0:context:2] = keys
+    inputs[:, 1:context:2] = values
+    inputs, labels = ask(inputs, keys, values, context + 2 * asked)
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels))

@@ -67,9 +67,7 @@ def from_config(config: Mapping[str, Any] | Task) -> Task:
     if isinstance(config, Task):
         return config
     if not isinstance(config, Mapping) or "name" not in config:
-        raise ValueError(
-            f"task={config!r}: must be a Task or a mapping with a 'name', one of {', '.join(names())}"
-        )
+        raise ValueError(f"task={config!r}: must be a Task or a mapping with a 'name', one of {', '.join(names())}")
     return create(**config)
 
 
@@ -98,9 +96,7 @@ def describe(name: str) -> dict[str, Any]:
         "example": format_example(cls(**cls.example)) if cls.example or complete else "",
         "required_bits": " ".join(inspect.cleandoc(cls.required_bits.__doc__ or "").split()),
         "default_bits": cls().required_bits() if complete else None,
-        "options": {
-            key: value.config() if isinstance(value, Task) else value for key, value in options.items()
-        },
+        "options": {key: value.config() if isinstance(value, Task) else value for key, value in options.items()},
         "source": cls.source,
     }
 
