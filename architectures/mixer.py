@@ -27,9 +27,7 @@ def state_tensors(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]
         yield prefix, state
         return
     if not (isinstance(state, tuple) and hasattr(state, "_fields")):
-        raise TypeError(
-            f"a state is a NamedTuple of tensors, got {type(state).__name__} at {prefix or 'top'!r}"
-        )
+        raise TypeError(f"a state is a NamedTuple of tensors, got {type(state).__name__} at {prefix or 'top'!r}")
     for name, value in zip(state._fields, state):
         yield from state_tensors(value, f"{prefix}.{name}" if prefix else name)
 
@@ -80,9 +78,7 @@ class SequenceMixer(nn.Module):
             raise ValueError(f"d_model must be a positive integer, got {d_model!r}")
         allowed = ("auto", *self.backends)
         if backend not in allowed:
-            raise ValueError(
-                f"backend={backend!r} is not one of {', '.join(allowed)} for {type(self).__name__}"
-            )
+            raise ValueError(f"backend={backend!r} is not one of {', '.join(allowed)} for {type(self).__name__}")
         self.d_model = d_model
         self.backend = backend
         self._resolved: dict[tuple, str] = {}
@@ -147,9 +143,9 @@ class SequenceMixer(nn.Module):
                 raise ValueError(f"state field {name!r} has shape {tuple(tensor.shape)}, expected [{shown}]")
             if tensor.device != x.device:
                 raise ValueError(f"state field {name!r} is on {tensor.device}, the input on {x.device}")
-            real = tensor.is_floating_point() and x.is_floating_point()
+            dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
             low = x.dtype in (torch.bfloat16, torch.float16)
-            if real and tensor.dtype != x.dtype and not (low and tensor.dtype == torch.float32):
+            if dtype.is_floating_point and dtype != x.dtype and not (low and dtype == torch.float32):
                 raise ValueError(
                     f"state field {name!r} is {tensor.dtype}, the input {x.dtype}: "
                     "allowed are the input's dtype, or float32 beside a 16-bit input"
@@ -162,9 +158,7 @@ class SequenceMixer(nn.Module):
 
     # -- backends -------------------------------------------------------------------------------------------
 
-    def unsupported(
-        self, backend: str, *, device: torch.device, dtype: torch.dtype, seq_len: int
-    ) -> str | None:
+    def unsupported(self, backend: str, *, device: torch.device, dtype: torch.dtype, seq_len: int) -> str | None:
         """Why `backend` cannot run this shape, dtype or device; None if it can. Subclasses override it."""
         return None
 

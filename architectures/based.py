@@ -1,0 +1,68 @@
+"""Based: linear attention whose feature map is the second-order Taylor expansion of the exponential."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from architectures.layers import merge_heads, split_heads
+from architectures.mixer import SequenceMixer, divide_heads
+from architectures.registry import register
+from kernels.taylor_linear_attention import TaylorState, triton_refusal
+
+
+@register("based", paper="arXiv:2402.18668")
+class Based(SequenceMixer):
+    """Taylor linear attention of Based: y_t = sum_{u <= t} w_tu v_u / sum_{u <= t} w_tu, w = 1 + s + s^2 / 2.
+
+    Based (arXiv:2402.18668), section 4, with s = q.k / sqrt(feature_dim) the exponent of softmax attention.
+    The paper's models alternate it with short convolutions or sliding windows: write those as layers,
+    e.g. `[base_conv, based]` or `[sliding_window, based]`. The state is the packed symmetric one of
+    `kernels.taylor_linear_attention`, (1 + f + f (f + 1) / 2) (V + 1) elements per head. The queries and keys
+    are projected without bias, as in the paper's code.
+    """
+
+    backends = ("triton", "reference")
+
+    def __init__(self, d_model: int, *, feature_dim: int = 16, num_heads: int = 1, backend: str = "auto"):
+        super().__init__(d_model, backend=backend)
+        if feature_dim < 1:
+            raise ValueError(f"feature_dim must be at least 1, got {feature_dim}")
+        self.feature_dim = feature_dim
+        self.num_heads = num_heads
+        self.head_dim = divide_heads(d_model, num_heads)
+        self.q_proj = nn.Linear(d_model, num_heads * feature_dim, bias=False)
+        self.k_proj = nn.Linear(d_model, num_heads * feature_dim, bias=False)
+        self.v_proj = nn.Linear(d_model, d_model, bias=False)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+
+    def unsupported(self, backend, *, device, dtype, seq_len):
+        if backend != "triton":
+            return None
+        q, v = (torch.empty(1, 1, 1, width, device=device, dtype=dtype) for width in (self.feature_dim, self.head_dim))
+        return triton_refusal(q, v)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [..., D] -> q, k [..., H, f], v [..., H, V]."""
+        return tuple(split_heads(part(x), self.num_heads) for part in (self.q_proj, self.k_proj, self.v_proj))
+
+    def forward(self, x: Tensor) -> Tensor:
+        o, _ = kernels.taylor_linear_attention(*self._project(x), backend=self.backend_for(x))
+        return self.out_proj(merge_heads(o))
+
+    def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> TaylorState:
+        like = self.like_parameters(device, dtype)
+        return TaylorState.zeros(batch_size, self.num_heads, self.feature_dim, self.head_dim, **like)
+
+    def prefill(self, x: Tensor, state: TaylorState) -> tuple[Tensor, TaylorState]:
+        self.check_state(x, state)
+        o, state = kernels.taylor_linear_attention(
+            *self._project(x), initial_state=state, output_final_state=True, backend=self.backend_for(x)
+        )
+        return self.out_proj(merge_heads(o)), state
+
+    def step(self, x: Tensor, state: TaylorState) -> tuple[Tensor, TaylorState]:
+        self.check_state(x, state)
+        o, state = kernels.taylor_linear_attention_step(*self._project(x), state, backend=self.backend)
+        return self.out_proj(merge_heads(o)), state

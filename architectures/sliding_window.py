@@ -1,0 +1,78 @@
+"""Sliding-window attention: softmax attention over the last `window` tokens, kept in a ring buffer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from architectures.attention import SelfAttention, masked_attention
+from architectures.layers import merge_heads
+from architectures.registry import register
+
+
+class SlidingWindowState(NamedTuple):
+    """Ring buffer: token t sits in slot t mod window."""
+
+    window_k: Tensor  # [B, window, H, K]
+    window_v: Tensor  # [B, window, H, K]
+    position: Tensor  # [], int64, tokens seen
+
+
+@register("sliding_window", paper="arXiv:2004.05150")
+class SlidingWindow(SelfAttention):
+    """Causal softmax attention over the last `window` tokens, the current one included.
+
+    Longformer (arXiv:2004.05150), the baseline of Based (arXiv:2402.18668). The state is a ring buffer of
+    min(window, max_seq_len) keys and values: 2 window D elements.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        window: int = 64,
+        num_heads: int = 1,
+        rotary_fraction: float = 0.0,
+        bias: bool = True,
+        backend: str = "auto",
+    ):
+        super().__init__(d_model, num_heads=num_heads, rotary_fraction=rotary_fraction, bias=bias, backend=backend)
+        if window < 1:
+            raise ValueError(f"window must be at least 1 token, got {window}")
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1], device=x.device)
+        q, k, v = self._project(x, positions)
+        return self.out_proj(merge_heads(self._attend(q, k, v, positions, positions, self.backend_for(x))))
+
+    def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> SlidingWindowState:
+        like = self.like_parameters(device, dtype)
+        shape = (batch_size, min(self.window, max_seq_len), self.num_heads, self.head_dim)
+        position = torch.zeros((), dtype=torch.int64, device=like["device"])
+        return SlidingWindowState(torch.zeros(shape, **like), torch.zeros(shape, **like), position)
+
+    def prefill(self, x: Tensor, state: SlidingWindowState) -> tuple[Tensor, SlidingWindowState]:
+        self.check_state(x, state)
+        length, slots = x.shape[1], state.window_k.shape[1]
+        positions = state.position + torch.arange(length, device=x.device)
+        q, k, v = self._project(x, positions)
+        # Slot s holds the latest earlier token t with t mod slots == s; slots not yet filled get t < 0.
+        slot = torch.arange(slots, device=x.device)
+        held = state.position - 1 - (state.position - 1 - slot) % slots
+        keys = torch.cat([state.window_k.to(k.dtype), k], dim=1)
+        values = torch.cat([state.window_v.to(v.dtype), v], dim=1)
+        o = self._attend(q, keys, values, positions, torch.cat([held, positions]), self.backend_for(x))
+        kept = min(length, slots)
+        into = positions[length - kept :] % slots
+        window_k = state.window_k.index_copy_(1, into, k[:, length - kept :].to(state.window_k.dtype))
+        window_v = state.window_v.index_copy_(1, into, v[:, length - kept :].to(state.window_v.dtype))
+        return self.out_proj(merge_heads(o)), SlidingWindowState(window_k, window_v, state.position + length)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, of: Tensor, backend: str) -> Tensor:
+        """Queries at positions `at` [T] read keys of positions `of` [S] that lie in their window."""
+        age = at[:, None] - of[None, :]
+        readable = (age >= 0) & (age < self.window) & (of >= 0)
+        return masked_attention(q, k, v, readable, backend)
