@@ -172,9 +172,9 @@ def test_required_bits():
     [
         (
             {"num_kv_pairs": 17},
-            r"num_kv_pairs=17 .* = 68 positions, but seq_len=64: .* at most 16",
+            r"num_kv_pairs=17 .* but seq_len=64: seq_len must be at least 68",
         ),
-        ({"num_kv_pairs": 8, "num_passes": 4}, r"num_passes=4 needs .* = 80 positions, but seq_len=64"),
+        ({"num_kv_pairs": 8, "num_passes": 4}, r"num_passes=4 needs 4 \* 16 .* seq_len=64: .* at least 80"),
         (
             {"vocab_size": 9},
             r"vocab_size=9 leaves .*= 3 keys for num_kv_pairs=4: .* at least 10",
@@ -246,7 +246,7 @@ def test_predecessor_leaves_the_global_generator_alone():
         ((8192, 10, 64, 1 << 32, 4), "seed=4294967296: must be below 2.32"),
         ((8192, 10, 64, -1, 4), "seed=-1: must be a whole number >= 0"),
         ((8192, 0, 64, 0, 4), "num_examples=0: must be a whole number >= 1"),
-        ((8192, 10, 64, 0, 17), "num_kv_pairs=17 .* at most 16"),
+        ((8192, 10, 64, 0, 17), "num_kv_pairs=17 .* at least 68"),
     ],
 )
 def test_predecessor_bad_input(arguments, message):

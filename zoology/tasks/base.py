@@ -73,19 +73,23 @@ class Task(BaseModel):
         """Bits that a perfect model must carry from the context to the questions (a lower bound)."""
         raise NotImplementedError(f"{type(self).__name__} does not define required_bits()")
 
+    def required_bits_after(self, num_passes: int) -> float:
+        """`required_bits` when the context is read `num_passes` times; the same, unless a task knows better."""
+        return self.required_bits()
+
     def sample(self, num_examples: int, seed: int) -> Batch:
         """`num_examples` examples from a stream of their own, apart from the three splits.
 
         The same bytes on every machine, and the first rows of any longer sample. Raises ValueError for
         num_examples < 1 or seed < 0.
         """
-        return self._generate("sample", num_examples, seed)
+        return self.generate("sample", num_examples, seed)
 
     def split(self, split: Split, num_examples: int, seed: int) -> Batch:
         """`num_examples` examples of "train", "validation" or "test": disjoint random streams of one seed."""
         if split not in get_args(Split):
             raise ValueError(f"split={split!r}: must be one of {', '.join(get_args(Split))}")
-        return self._generate(split, num_examples, seed)
+        return self.generate(split, num_examples, seed)
 
     def options(self) -> dict[str, Any]:
         """The config as JSON-serialisable options, without the task's name."""
@@ -111,7 +115,11 @@ class Task(BaseModel):
         """The random draws behind one chunk of the examples of `stream` (a split, or any other name)."""
         return Stream(stream_key(self.identity(), stream, seed), chunk)
 
-    def _generate(self, stream: str, num_examples: int, seed: int) -> Batch:
+    def generate(self, stream: str, num_examples: int, seed: int) -> Batch:
+        """`num_examples` examples of the random stream of that name: what `sample` and `split` call.
+
+        A task made from another task overrides this instead of `draw`.
+        """
         num_examples = whole_number("num_examples", num_examples, at_least=1)
         seed = whole_number("seed", seed, at_least=0)
         inputs = torch.empty(num_examples, self.seq_len, dtype=torch.int64)
