@@ -56,7 +56,7 @@ def prefix_linear_attention(
     check_prefix(q, v, prefix_k, prefix_v, prefix_mask)
     scale = check_scale(scale, q.shape[-1])
     check_state(initial_state, q.shape[0], q.shape[2], q.shape[3], v.shape[3], q.device)
-    if choose_backend(backend, q, v) == "triton":
+    if choose_backend(backend, q) == "triton":
         from kernels.prefix_linear_attention.triton import prefix_linear_attention_triton as run
     else:
         run = prefix_linear_attention_reference

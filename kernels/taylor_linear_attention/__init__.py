@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from kernels.taylor_linear_attention.reference import (
 
 __all__ = ["TaylorState", "num_taylor_features", "taylor_linear_attention", "taylor_linear_attention_step"]
 
+MAX_TRITON_FEATURE_DIM = 32
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("auto", "reference", "triton")
 
 
@@ -32,7 +37,7 @@ def taylor_linear_attention(
     """Causal attention with weights 1 + s + s^2 / 2, s = scale * q.k, normalised by their sum.
 
     Args:
-        q, k: [B, T, H, f], bf16, fp16, fp32 or fp64 (fp64 and f outside {8, 16, 24, 32}: reference only).
+        q, k: [B, T, H, f], bf16, fp16, fp32 or fp64 (fp64 and f > 32: reference only).
         v: [B, T, H, V] of the same dtype.
         scale: positive; f^(-1/2) when None.
         initial_state: memory of the tokens before, kv [B, H, F, V] and key_sum [B, H, F], any floating dtype.
@@ -53,7 +58,7 @@ def taylor_linear_attention(
     check_qkv(q, k, v, axes="BTH")
     scale = check_scale(scale, q.shape[-1])
     check_state(initial_state, q.shape[0], q.shape[2], q.shape[3], v.shape[3], q.device)
-    if choose_backend(backend, q, v) == "triton":
+    if choose_backend(backend, q) == "triton":
         from kernels.taylor_linear_attention import triton as impl
 
         return impl.taylor_linear_attention_triton(
@@ -95,7 +100,7 @@ def taylor_linear_attention_step(
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *state))
     if backend == "triton" and wants_grad:
         raise ValueError("backend='triton' has no gradient for a decode step; allowed: 'reference', or no_grad")
-    if choose_backend("reference" if backend == "auto" and wants_grad else backend, q, v) == "triton":
+    if choose_backend("reference" if backend == "auto" and wants_grad else backend, q) == "triton":
         from kernels.taylor_linear_attention import triton as impl
 
         return impl.taylor_linear_attention_step_triton(q, k, v, state, scale=scale)
@@ -171,18 +176,26 @@ def check_state(
             raise ValueError(f"{name}.{field} is on {x.device}; allowed: {device}, the device of q")
 
 
-def choose_backend(backend: str, q: Tensor, v: Tensor) -> str:
+def choose_backend(backend: str, q: Tensor) -> str:
     """The backend that runs: a named one or an error with the reason; `auto` takes triton where it can."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend == "reference":
         return backend
-    refusal = triton_refusal(q, v)
+    refusal = triton_refusal(q)
     if backend == "triton" and refusal:
         raise ValueError(f"backend='triton' cannot run here: {refusal}")
     return "reference" if refusal else "triton"
 
 
-def triton_refusal(q: Tensor, v: Tensor) -> str | None:
+def triton_refusal(q: Tensor) -> str | None:
     """Why the Triton kernels do not take this input, or None if they do."""
-    return "there are no Triton kernels yet"
+    if not TRITON_INSTALLED:
+        return "Triton is not installed (pip install 'zoology[gpu]')"
+    if q.device.type != "cuda" and not TRITON_INTERPRETED:
+        return f"q is on {q.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"q has dtype {q.dtype}; allowed: bfloat16, float16, float32"
+    if q.shape[-1] > MAX_TRITON_FEATURE_DIM:
+        return f"the feature dimension is {q.shape[-1]}; allowed: up to {MAX_TRITON_FEATURE_DIM}"
+    return None

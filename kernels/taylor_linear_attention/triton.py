@@ -1,0 +1,471 @@
+"""Launches of the Triton kernels, and their registration as operators with fake kernels and gradients."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.taylor_linear_attention import triton_kernels as tk
+from kernels.taylor_linear_attention.reference import TaylorState, num_taylor_features
+
+MIN_CHUNKS_PER_GROUP = 4
+
+
+class Tile(NamedTuple):
+    """Block sizes of a launch: NB blocks of BF features, chunks of C tokens, BV values, and the operand precision."""
+
+    F: int
+    FP: int
+    V: int
+    BV: int
+    C: int
+    BF: int
+    NB: int
+    OP: tl.dtype
+    PREC: str
+
+
+def choose_tile(f: int, v_dim: int, dtype: torch.dtype, *, backward: bool = False) -> tuple[Tile, dict[str, int]]:
+    """Block sizes and launch options for a shape and dtype.
+
+    bf16 operands go to the tensor cores as they are. fp16 has no room for the sums of the state, so it is computed
+    as tf32, which has the same mantissa; fp32 as three tf32 products, which is fp32 to within rounding.
+    """
+    num = num_taylor_features(f)
+    block, num_blocks = next((bf, nb) for bf, nb in ((64, 1), (64, 3), (128, 3), (256, 3)) if bf * nb >= num)
+    narrow = dtype == torch.bfloat16
+    widest = 64 if block == 64 and (narrow or not backward) else 32 if block < 256 else 16
+    block_v = min(widest, max(16, triton.next_power_of_2(v_dim)))
+    op, prec = (tl.bfloat16, "tf32") if narrow else (tl.float32, "tf32" if dtype == torch.float16 else "tf32x3")
+    tile = Tile(f, 16 if f <= 16 else 32, v_dim, block_v, 64 if narrow else 32, block, num_blocks, op, prec)
+    return tile, {"num_warps": 4 if block == 64 else 8, "num_stages": 2 if narrow else 1}
+
+
+@functools.lru_cache
+def num_slots(device: torch.device) -> int:
+    """How many programs run side by side: two per multiprocessor."""
+    if device.type != "cuda":
+        return 8
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def split(length: int, tile: Tile, programs: int, device: torch.device) -> tuple[int, int]:
+    """Number of groups and chunks per group, so that programs * groups fill the device but no group is tiny."""
+    chunks = triton.cdiv(length, tile.C)
+    groups = max(1, min(num_slots(device) // programs, chunks // MIN_CHUNKS_PER_GROUP))
+    per_group = triton.cdiv(chunks, groups)
+    return triton.cdiv(chunks, per_group), per_group
+
+
+class Starts(NamedTuple):
+    """Raw states at the start of each group, kv [B*H, G, NB*BF, V] and z [B*H, G, NB*BF]; None when all are zero."""
+
+    kv: Tensor | None
+    z: Tensor | None
+
+
+def sum_groups(x: Tensor, y: Tensor, norm, delta, mask, scale: float, tile: Tile, options, groups, per_group, *, skip):
+    """Group sums, raw: all groups but one at the end that no other group needs (`skip`: 'first', 'last' or None)."""
+    b, t, h, _ = x.shape
+    rows = tile.NB * tile.BF
+    kv = torch.empty(b * h, groups, rows, tile.V, device=x.device, dtype=torch.float32)
+    z = torch.empty(b * h, groups, rows, device=x.device, dtype=torch.float32)
+    num = groups - (skip is not None)
+    if num:
+        grid = (triton.cdiv(tile.V, tile.BV), num, b * h)
+        tk._state_kernel[grid](
+            x,
+            y,
+            x if norm is None else norm,
+            x if delta is None else delta,
+            x if mask is None else mask,
+            kv,
+            z,
+            scale,
+            t,
+            h,
+            groups,
+            per_group,
+            1 if skip == "first" else 0,
+            ADJOINT=norm is not None,
+            HAS_MASK=mask is not None,
+            **tile._asdict(),
+            **options,
+        )
+    return kv, z
+
+
+def scan(kv, z, initial: TaylorState | None, final: TaylorState | None, scale: float, tile: Tile, *, reverse: bool):
+    """Turn group sums into the states at the start of each group, in place; the skipped end group may hold anything."""
+    heads, groups, rows, _ = kv.shape
+    block = 16
+    tk._scan_kernel[(rows // block, heads)](
+        kv,
+        z,
+        kv if initial is None else initial.kv,
+        z if initial is None else initial.key_sum,
+        kv if final is None else final.kv,
+        z if final is None else final.key_sum,
+        scale,
+        groups,
+        REVERSE=reverse,
+        HAS_INITIAL=initial is not None,
+        HAS_FINAL=final is not None,
+        F=tile.F,
+        V=tile.V,
+        VP=triton.next_power_of_2(tile.V),
+        FT=rows,
+        BR=block,
+        num_warps=4,
+    )
+
+
+def group_starts(x, y, norm, delta, initial, scale, tile, options, groups, per_group, *, reverse: bool) -> Starts:
+    """The state at the start of each group: forwards from `initial`, or backwards from the final gradient."""
+    if groups == 1 and initial is None:
+        return Starts(None, None)
+    skip = "first" if reverse else "last"
+    kv, z = sum_groups(x, y, norm, delta, None, scale, tile, options, groups, per_group, skip=skip)
+    scan(kv, z, initial, None, scale, tile, reverse=reverse)
+    return Starts(kv, z)
+
+
+def as_state(kv: Tensor | None, key_sum: Tensor | None) -> TaylorState | None:
+    return None if kv is None else TaylorState(kv.contiguous(), key_sum.contiguous())
+
+
+def empty_state(b: int, h: int, f: int, v_dim: int, like: Tensor) -> TaylorState:
+    num = num_taylor_features(f)
+    return TaylorState(
+        torch.empty(b, h, num, v_dim, device=like.device, dtype=torch.float32),
+        torch.empty(b, h, num, device=like.device, dtype=torch.float32),
+    )
+
+
+# ---------------------------------------------------------------- operators
+STATE = "Tensor? initial_kv, Tensor? initial_key_sum"
+
+
+@torch.library.custom_op(
+    "zoology::taylor_linear_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {STATE}, float scale, bool output_final_state)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def forward_op(q, k, v, initial_kv, initial_key_sum, scale, output_final_state):
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    (b, t, h, f), v_dim = q.shape, v.shape[-1]
+    tile, options = choose_tile(f, v_dim, q.dtype)
+    num_v = triton.cdiv(v_dim, tile.BV)
+    groups, per_group = split(t, tile, num_v * b * h, q.device)
+    initial = as_state(initial_kv, initial_key_sum)
+    start = group_starts(k, v, None, None, initial, scale, tile, options, groups, per_group, reverse=False)
+    o = torch.empty_like(v)
+    norm = torch.empty(b, t, h, device=q.device, dtype=torch.float32)
+    final = empty_state(b, h, f, v_dim, q) if output_final_state else TaylorState(*(o.new_empty(0) for _ in range(2)))
+    has_start = start.kv is not None
+    tk._forward_kernel[(num_v, groups, b * h)](
+        q,
+        k,
+        v,
+        o,
+        norm,
+        start.kv if has_start else norm,
+        start.z if has_start else norm,
+        final.kv if output_final_state else norm,
+        final.key_sum if output_final_state else norm,
+        scale,
+        t,
+        h,
+        groups,
+        per_group,
+        HAS_START=has_start,
+        HAS_FINAL=output_final_state,
+        **tile._asdict(),
+        **options,
+    )
+    return o, norm, *final
+
+
+@forward_op.register_fake
+def _(q, k, v, initial_kv, initial_key_sum, scale, output_final_state):
+    b, t, h, f = q.shape
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    norm = q.new_empty(b, t, h, dtype=torch.float32)
+    if output_final_state:
+        return o, norm, *empty_state(b, h, f, v.shape[-1], q)
+    return o, norm, o.new_empty(0), o.new_empty(0)
+
+
+@torch.library.custom_op(
+    "zoology::taylor_linear_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor o, Tensor norm, Tensor do, {STATE},"
+    " Tensor? dfinal_kv, Tensor? dfinal_key_sum, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def backward_op(q, k, v, o, norm, do, initial_kv, initial_key_sum, dfinal_kv, dfinal_key_sum, scale):
+    q, k, v, do = (x.contiguous() for x in (q, k, v, do))
+    (b, t, h, f), v_dim = q.shape, v.shape[-1]
+    tile, options = choose_tile(f, v_dim, q.dtype, backward=True)
+    num_v = triton.cdiv(v_dim, tile.BV)
+    groups, per_group = split(t, tile, num_v * b * h, q.device)
+    initial, dfinal = as_state(initial_kv, initial_key_sum), as_state(dfinal_kv, dfinal_key_sum)
+
+    delta = torch.empty_like(norm)
+    rows = 32
+    tk._delta_kernel[(triton.cdiv(norm.numel(), rows),)](
+        o, do, norm, delta, norm.numel(), V=v_dim, VP=triton.next_power_of_2(v_dim), BR=rows, num_warps=4
+    )
+    # Each tile of V adds its own part to the gradients of q and k; they are summed below in a fixed order.
+    part_dtype = q.dtype if num_v == 1 else torch.float32
+    dq, dk = (torch.empty(num_v, *q.shape, device=q.device, dtype=part_dtype) for _ in range(2))
+    dv = torch.empty_like(v)
+
+    start = group_starts(k, v, None, None, initial, scale, tile, options, groups, per_group, reverse=False)
+    has_start = start.kv is not None
+    tk._dq_kernel[(num_v, groups, b * h)](
+        q,
+        k,
+        v,
+        do,
+        norm,
+        delta,
+        dq,
+        start.kv if has_start else norm,
+        start.z if has_start else norm,
+        scale,
+        t,
+        h,
+        groups,
+        per_group,
+        q.numel(),
+        HAS_START=has_start,
+        **tile._asdict(),
+        **options,
+    )
+    start = group_starts(q, do, norm, delta, dfinal, scale, tile, options, groups, per_group, reverse=True)
+    has_start = start.kv is not None
+    dinitial = TaylorState(*(q.new_empty(0) for _ in range(2))) if initial is None else empty_state(b, h, f, v_dim, q)
+    tk._dkv_kernel[(num_v, groups, b * h)](
+        q,
+        k,
+        v,
+        do,
+        norm,
+        delta,
+        norm,
+        dk,
+        dv,
+        start.kv if has_start else norm,
+        start.z if has_start else norm,
+        norm if initial is None else dinitial.kv,
+        norm if initial is None else dinitial.key_sum,
+        scale,
+        t,
+        h,
+        groups,
+        per_group,
+        q.numel(),
+        CAUSAL=True,
+        HAS_MASK=False,
+        HAS_START=has_start,
+        HAS_INITIAL=initial is not None,
+        **tile._asdict(),
+        **options,
+    )
+    if initial is not None:
+        dinitial = TaylorState(*(x.to(initial.kv.dtype) for x in dinitial))
+    return sum_parts(dq, q.dtype), sum_parts(dk, q.dtype), dv, *dinitial
+
+
+def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(dtype)
+
+
+@backward_op.register_fake
+def _(q, k, v, o, norm, do, initial_kv, initial_key_sum, dfinal_kv, dfinal_key_sum, scale):
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    if initial_kv is None:
+        return dq, dk, dv, q.new_empty(0), q.new_empty(0)
+    return (
+        dq,
+        dk,
+        dv,
+        *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (initial_kv, initial_key_sum)),
+    )
+
+
+def _setup_forward(ctx, inputs, output):
+    q, k, v, initial_kv, initial_key_sum, scale, output_final_state = inputs
+    o, norm, _, _ = output
+    ctx.save_for_backward(q, k, v, o, norm, initial_kv, initial_key_sum)
+    ctx.scale, ctx.output_final_state = scale, output_final_state
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do, _, dfinal_kv, dfinal_key_sum):
+    q, k, v, o, norm, initial_kv, initial_key_sum = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(o)
+    dfinal = (None, None)
+    if ctx.output_final_state and not (dfinal_kv is None and dfinal_key_sum is None):
+        dfinal = TaylorState.zeros(*q.shape[::2], q.shape[-1], v.shape[-1], device=q.device, dtype=torch.float32)
+        dfinal = [zero if x is None else x for x, zero in zip((dfinal_kv, dfinal_key_sum), dfinal)]
+    dq, dk, dv, dkv, dkey_sum = torch.ops.zoology.taylor_linear_attention_backward(
+        q, k, v, o, norm, do, initial_kv, initial_key_sum, *dfinal, ctx.scale
+    )
+    if initial_kv is None:
+        dkv = dkey_sum = None
+    return dq, dk, dv, dkv, dkey_sum, None, None
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_forward)
+
+
+@torch.library.custom_op(
+    "zoology::taylor_state",
+    mutates_args=(),
+    schema=f"(Tensor k, Tensor v, Tensor? mask, {STATE}, float scale) -> (Tensor, Tensor)",
+)
+def state_op(k, v, mask, initial_kv, initial_key_sum, scale):
+    """The public state after all tokens that count, in float32: the memory of a non-causal prefix."""
+    k, v = k.contiguous(), v.contiguous()
+    (b, t, h, f), v_dim = k.shape, v.shape[-1]
+    tile, options = choose_tile(f, v_dim, k.dtype)
+    groups, per_group = split(t, tile, triton.cdiv(v_dim, tile.BV) * b * h, k.device)
+    mask = None if mask is None else mask.contiguous()
+    kv, z = sum_groups(k, v, None, None, mask, scale, tile, options, groups, per_group, skip=None)
+    final = empty_state(b, h, f, v_dim, k)
+    scan(kv, z, as_state(initial_kv, initial_key_sum), final, scale, tile, reverse=False)
+    return tuple(final)
+
+
+@state_op.register_fake
+def _(k, v, mask, initial_kv, initial_key_sum, scale):
+    return tuple(empty_state(k.shape[0], k.shape[2], k.shape[3], v.shape[3], k))
+
+
+@torch.library.custom_op(
+    "zoology::taylor_state_backward",
+    mutates_args=(),
+    schema="(Tensor k, Tensor v, Tensor? mask, Tensor dkv, Tensor dkey_sum, float scale) -> (Tensor, Tensor)",
+)
+def state_backward_op(k, v, mask, dkv, dkey_sum, scale):
+    k, v = k.contiguous(), v.contiguous()
+    (b, t, h, f), v_dim = k.shape, v.shape[-1]
+    tile, options = choose_tile(f, v_dim, k.dtype, backward=True)
+    num_v = triton.cdiv(v_dim, tile.BV)
+    groups, per_group = split(t, tile, num_v * b * h, k.device)
+    start_kv = torch.empty(b * h, 1, tile.NB * tile.BF, v_dim, device=k.device, dtype=torch.float32)
+    start_z = torch.empty(b * h, 1, tile.NB * tile.BF, device=k.device, dtype=torch.float32)
+    scan(start_kv, start_z, as_state(dkv, dkey_sum), None, scale, tile, reverse=True)
+    dk = torch.empty(num_v, *k.shape, device=k.device, dtype=k.dtype if num_v == 1 else torch.float32)
+    dv = torch.empty_like(v)
+    tk._dkv_kernel[(num_v, groups, b * h)](
+        k,
+        k,
+        v,
+        v,
+        start_z,
+        start_z,
+        start_z if mask is None else mask.contiguous(),
+        dk,
+        dv,
+        start_kv,
+        start_z,
+        start_kv,
+        start_z,
+        scale,
+        t,
+        h,
+        groups,
+        per_group,
+        k.numel(),
+        CAUSAL=False,
+        HAS_MASK=mask is not None,
+        HAS_START=True,
+        HAS_INITIAL=False,
+        **tile._asdict(),
+        **options,
+    )
+    return sum_parts(dk, k.dtype), dv
+
+
+@state_backward_op.register_fake
+def _(k, v, mask, dkv, dkey_sum, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+
+
+def _setup_state(ctx, inputs, output):
+    k, v, mask, initial_kv, _, scale = inputs
+    ctx.save_for_backward(k, v, mask)
+    ctx.scale, ctx.initial_dtype = scale, None if initial_kv is None else initial_kv.dtype
+
+
+def _state_backward(ctx, dkv, dkey_sum):
+    k, v, mask = ctx.saved_tensors
+    dk, dv = torch.ops.zoology.taylor_state_backward(k, v, mask, dkv, dkey_sum, ctx.scale)
+    if ctx.initial_dtype is None:
+        return dk, dv, None, None, None, None
+    return dk, dv, None, dkv.to(ctx.initial_dtype), dkey_sum.to(ctx.initial_dtype), None
+
+
+state_op.register_autograd(_state_backward, setup_context=_setup_state)
+
+
+@torch.library.custom_op(
+    "zoology::taylor_linear_attention_step",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor kv, Tensor key_sum, float scale) -> (Tensor, Tensor, Tensor)",
+)
+def step_op(q, k, v, kv, key_sum, scale):
+    q, k, v, kv, key_sum = (x.contiguous() for x in (q, k, v, kv, key_sum))
+    (b, h, f), v_dim = q.shape, v.shape[-1]
+    o, new_kv, new_key_sum = torch.empty_like(v), torch.empty_like(kv), torch.empty_like(key_sum)
+    tk._step_kernel[(b * h,)](
+        q,
+        k,
+        v,
+        kv,
+        key_sum,
+        o,
+        new_kv,
+        new_key_sum,
+        scale,
+        F=f,
+        NF=num_taylor_features(f),
+        V=v_dim,
+        VP=triton.next_power_of_2(v_dim),
+        BR=max(1, 2048 // triton.next_power_of_2(v_dim)),
+        num_warps=4,
+    )
+    return o, new_kv, new_key_sum
+
+
+@step_op.register_fake
+def _(q, k, v, kv, key_sum, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, kv, key_sum))
+
+
+# ---------------------------------------------------------------- what the public functions call
+def taylor_linear_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, initial_state: TaylorState | None, output_final_state: bool
+) -> tuple[Tensor, TaylorState | None]:
+    initial = (None, None) if initial_state is None else initial_state
+    o, _, kv, key_sum = torch.ops.zoology.taylor_linear_attention(q, k, v, *initial, scale, output_final_state)
+    if not output_final_state:
+        return o, None
+    dtype = torch.float32 if initial_state is None else initial_state[0].dtype
+    return o, TaylorState(kv.to(dtype), key_sum.to(dtype))
+
+
+def taylor_linear_attention_step_triton(
+    q: Tensor, k: Tensor, v: Tensor, state: TaylorState, *, scale: float
+) -> tuple[Tensor, TaylorState]:
+    o, kv, key_sum = torch.ops.zoology.taylor_linear_attention_step(q, k, v, *state, scale)
+    return o, TaylorState(kv, key_sum)
