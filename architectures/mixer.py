@@ -71,6 +71,7 @@ class SequenceMixer(nn.Module):
     """
 
     backends: ClassVar[tuple[str, ...]] = ("reference",)
+    keep_init: ClassVar[bool] = False  # True: a model shell leaves this mixer's initialisation as it is
 
     def __init__(self, d_model: int, *, backend: str = "auto"):
         super().__init__()
@@ -173,6 +174,10 @@ class SequenceMixer(nn.Module):
         if key not in self._resolved:
             self._resolved[key] = backends.resolve(self, device, dtype, seq_len)
         return self._resolved[key]
+
+    def backends_used(self) -> list[str]:
+        """The backends that ran since construction, in order of first use; `reference` where there is no choice."""
+        return list(dict.fromkeys(self._resolved.values())) or ["reference"]
 
     def backend_for(self, x: Tensor) -> str:
         """`resolve_backend` for the tensor at hand, in the dtype autocast would compute with."""

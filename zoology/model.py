@@ -1,0 +1,225 @@
+"""The language-model shell around the sequence mixers: embedding, pre-norm blocks, tied head.
+
+Axes: B batch, T time, D model width, P labelled positions per example, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import architectures
+from architectures import registry
+from architectures.mixer import SequenceMixer, State, count_bytes, count_elements, state_tensors
+from zoology.config import ModelConfig
+
+
+class Stack(NamedTuple):
+    """Decode state of a model: one state per layer, and the number of tokens seen."""
+
+    layers: tuple
+    position: Tensor  # [], int64
+
+
+class ChannelMixer(nn.Module):
+    """The channel half of a block: "mlp" is W2 gelu(W1 x), "swiglu" is W2 (silu(W1 x) * W3 x) (arXiv:2002.05202)."""
+
+    def __init__(self, kind: str, d_model: int, expand: float):
+        super().__init__()
+        inner = max(1, round(expand * d_model))
+        self.gated = kind == "swiglu"
+        self.fc1 = nn.Linear(d_model, inner * (2 if self.gated else 1))
+        self.fc2 = nn.Linear(inner, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        if self.gated:
+            gate, value = hidden.chunk(2, dim=-1)
+            return self.fc2(F.silu(gate) * value)
+        return self.fc2(F.gelu(hidden))
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + channel_mixer(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        norm = nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm
+        spec = config.layer_at(index)
+        depth = {"layer_idx": index, "n_layers": config.n_layers}
+        known = registry.options(spec.name)
+        options = {key: value for key, value in depth.items() if key in known} | spec.options
+        self.norm = norm(config.d_model)
+        self.mixer: SequenceMixer = architectures.create(spec.name, d_model=config.d_model, **options)
+        self.dropout = nn.Dropout(config.resid_dropout)
+        self.channel_norm = None if config.channel_mixer == "none" else norm(config.d_model)
+        self.channel_mixer = (
+            ChannelMixer(config.channel_mixer, config.d_model, config.channel_expand)
+            if config.channel_mixer in ("mlp", "swiglu")
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._mix_channels(x + self.dropout(self.mixer(self.norm(x))))
+
+    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        y, state = self.mixer.prefill(self.norm(x), state)
+        return self._mix_channels(x + y), state
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        y, state = self.mixer.step(self.norm(x), state)
+        return self._mix_channels(x + y), state
+
+    def _mix_channels(self, x: Tensor) -> Tensor:
+        return x if self.channel_norm is None else x + self.dropout(self.channel_mixer(self.channel_norm(x)))
+
+
+class LanguageModel(nn.Module):
+    """Tokens to next-symbol logits through the mixers of a `ModelConfig`.
+
+    `forward` gives logits everywhere; `hidden` and `head` apart let training and evaluation apply the head
+    only where there is a label (`labelled_logits`). `init_state`, `prefill` and `step` decode like a mixer.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.max_positions, config.d_model) if config.max_positions else None
+        self.embed_dropout = nn.Dropout(config.embed_dropout)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
+        self.norm = (nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm)(config.d_model)
+        initialise(self)
+
+    def embed(self, tokens: Tensor, start: int | Tensor = 0) -> Tensor:
+        """tokens [B, T] -> [B, T, D], the first token being at position `start`."""
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions(start + torch.arange(tokens.shape[1], device=tokens.device))
+        return self.embed_dropout(x)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T] -> [B, T, D], normed: what the head reads."""
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> logits [..., V], with the weights of the embedding."""
+        return F.linear(hidden, self.embedding.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T] -> logits [B, T, V]."""
+        return self.head(self.hidden(tokens))
+
+    def labelled_logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens [B, T], positions [B, P] -> logits [B, P, V] at those positions only."""
+        hidden = self.hidden(tokens)
+        return self.head(hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1])))
+
+    # -- decoding -------------------------------------------------------------------------------------------
+
+    def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> Stack:
+        """Empty decode state for `batch_size` sequences of at most `max_seq_len` tokens."""
+        if 0 < self.config.max_positions < max_seq_len:
+            raise ValueError(f"max_seq_len={max_seq_len}: the model has {self.config.max_positions} learned positions")
+        layers = tuple(
+            block.mixer.init_state(batch_size, max_seq_len, device=device, dtype=dtype) for block in self.blocks
+        )
+        return Stack(layers, torch.zeros((), dtype=torch.int64, device=device or self.embedding.weight.device))
+
+    def prefill(self, tokens: Tensor, state: Stack) -> tuple[Tensor, Stack]:
+        """tokens [B, T], state -> logits [B, T, V], state after them."""
+        x, states = self.embed(tokens, state.position), []
+        for block, layer_state in zip(self.blocks, state.layers):
+            x, layer_state = block.prefill(x, layer_state)
+            states.append(layer_state)
+        return self.head(self.norm(x)), Stack(tuple(states), state.position + tokens.shape[1])
+
+    def step(self, tokens: Tensor, state: Stack) -> tuple[Tensor, Stack]:
+        """tokens [B], state -> logits [B, V], state."""
+        x, states = self.embed(tokens[:, None], state.position)[:, 0], []
+        for block, layer_state in zip(self.blocks, state.layers):
+            x, layer_state = block.step(x, layer_state)
+            states.append(layer_state)
+        return self.head(self.norm(x)), Stack(tuple(states), state.position + 1)
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
+        """Continue tokens [B, T] by `max_new_tokens`: greedily, or sampled at `temperature` > 0 -> [B, T + new]."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        if tokens.ndim != 2 or tokens.shape[1] < 1:
+            raise ValueError(f"tokens have shape {list(tokens.shape)}: must be [batch, at least 1]")
+        generator = torch.Generator(tokens.device).manual_seed(seed)
+        state = self.init_state(tokens.shape[0], tokens.shape[1] + max_new_tokens, device=tokens.device)
+        logits, state = self.prefill(tokens, state)
+        logits, made = logits[:, -1], []
+        for index in range(max_new_tokens):
+            if temperature > 0:
+                weights = torch.softmax(logits.float() / temperature, -1)
+                made.append(torch.multinomial(weights, 1, generator=generator)[:, 0])
+            else:
+                made.append(logits.argmax(-1))
+            if index + 1 < max_new_tokens:
+                logits, state = self.step(made[-1], state)
+        return torch.cat([tokens, torch.stack(made, 1)], 1)
+
+    # -- what is measured -----------------------------------------------------------------------------------
+
+    def state_fields(self, seq_len: int) -> dict[str, int]:
+        """Elements of every state field of every layer for one sequence, keys like `1.based.kv`."""
+        return {
+            f"{index}.{self.config.layer_at(index).name}.{field}": count
+            for index, block in enumerate(self.blocks)
+            for field, count in block.mixer.state_fields(seq_len).items()
+        }
+
+    def state_size(self, seq_len: int) -> int:
+        """Real numbers carried per sequence at length `seq_len`, over all layers."""
+        return sum(self.state_fields(seq_len).values())
+
+    def state_bytes(self, seq_len: int) -> int:
+        """Bytes carried per sequence at length `seq_len`, in the dtype the states are kept in."""
+        return sum(block.mixer.state_bytes(seq_len) for block in self.blocks)
+
+    def num_parameters(self) -> int:
+        """Parameters, the tied embedding counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def measured_state(state: State) -> tuple[int, int]:
+    """(elements, bytes) of a live decode state, all sequences of the batch together."""
+    tensors = [tensor for _, tensor in state_tensors(state)]
+    return sum(map(count_elements, tensors)), sum(map(count_bytes, tensors))
+
+
+@torch.no_grad()
+def initialise(model: LanguageModel) -> None:
+    """The one place where the shell sets weights.
+
+    Embeddings are normal(0, init_std) always. With `init="paper"` so are the weights of every linear layer, biases
+    zero, and output projections (`out_proj`, `fc2`) get init_std / sqrt(2 n_layers), as the code of the Zoology
+    and Based papers did. Exempt are mixers, and single linear layers, with `keep_init = True`: those whose own
+    initialisation matters. With `init="mixer"` all mixers keep what their constructors chose.
+    """
+    config = model.config
+    for embedding in (model.embedding, model.positions):
+        if embedding is not None:
+            nn.init.normal_(embedding.weight, std=config.init_std)
+    for block in model.blocks:
+        parts = [block.channel_mixer]
+        if config.init == "paper" and not block.mixer.keep_init:
+            parts.append(block.mixer)
+        for name, module in (named for part in parts for named in part.named_modules()):
+            if isinstance(module, nn.Linear) and not getattr(module, "keep_init", False):
+                is_output = name.rsplit(".", 1)[-1] in ("out_proj", "fc2")
+                scale = math.sqrt(2 * config.n_layers) if is_output else 1
+                nn.init.normal_(module.weight, std=config.init_std / scale)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
