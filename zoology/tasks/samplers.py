@@ -91,6 +91,15 @@ class Stream:
             out[duplicate_rows, columns] = _scale(self._block(n, k)[duplicate_rows, columns], size)
             rows = np.unique(duplicate_rows)
 
+    def below(self, size: np.ndarray) -> np.ndarray:
+        """Uniform integers in [0, size) for each entry of `size` [n], [n] int64."""
+        return (self.words(len(size)).astype(np.int64) * size) >> 32
+
+    def pick(self, mask: np.ndarray) -> np.ndarray:
+        """The column of a True entry of each row of `mask` [n, k], each as likely, [n] int64."""
+        assert mask.any(1).all(), "a row without a choice"
+        return np.where(mask, self.words(*mask.shape).astype(np.int64), _WORD).argmin(1)
+
     def race(self, handicaps: np.ndarray, n: int, k: int) -> np.ndarray:
         """k different indices of `handicaps`, drawn in turn with weights 1 / handicap, [n, k] int64.
 
@@ -101,6 +110,18 @@ class Stream:
         assert 0 <= k <= size, f"{k} different indices asked of {size}"
         times = _exponential(self.words(n, size)) * handicaps
         return _order(times.view(np.uint64), k)  # positive floats sort like their bits
+
+
+def first_occurrence(codes: np.ndarray) -> np.ndarray:
+    """The column of the first entry of each row of `codes` [n, k] that equals the entry itself, [n, k] int64."""
+    order = np.argsort(codes, axis=1, kind="stable")
+    ordered = np.take_along_axis(codes, order, axis=1)
+    starts = np.zeros_like(order)
+    starts[:, 1:] = np.where(ordered[:, 1:] != ordered[:, :-1], np.arange(1, codes.shape[1]), 0)
+    first = np.empty_like(order)
+    heads = np.take_along_axis(order, np.maximum.accumulate(starts, axis=1), axis=1)
+    np.put_along_axis(first, order, heads, axis=1)
+    return first
 
 
 @lru_cache(maxsize=256)
