@@ -147,7 +147,7 @@ class Performer(FeatureMap):
         generator = torch.Generator().manual_seed(seed)
         draw = {"generator": generator, "dtype": torch.float64}
         blocks = [
-            torch.linalg.qr(torch.randn(feature_dim, feature_dim, **draw))[0]
+            _random_rotation(torch.randn(feature_dim, feature_dim, **draw))
             for _ in range(-(-self.num_features // feature_dim))
         ]
         norms = torch.randn(self.num_features, feature_dim, **draw).norm(dim=-1, keepdim=True)
@@ -158,6 +158,12 @@ class Performer(FeatureMap):
         x = x * self.feature_dim**-0.25
         exponent = x @ self.directions.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
         return exponent.exp() * self.num_features**-0.5
+
+
+def _random_rotation(gaussian: Tensor) -> Tensor:
+    # The signs of R are a convention of the QR code; undoing them is what makes Q uniform over the rotations.
+    q, r = torch.linalg.qr(gaussian)
+    return q * r.diagonal().sign()
 
 
 @register_feature_map("cosformer")
