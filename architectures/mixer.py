@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from architectures import backends
 
-State = Any  # a NamedTuple, possibly nested, whose leaves are tensors
+State = Any  # a NamedTuple, possibly nested (plain tuples too), whose leaves are tensors
 
 # Two lengths far apart: axes of a state that agree at both do not depend on the sequence length.
 _SHORT, _LONG = 1, 1 << 20
@@ -26,17 +26,18 @@ def state_tensors(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]
     if isinstance(state, Tensor):
         yield prefix, state
         return
-    if not (isinstance(state, tuple) and hasattr(state, "_fields")):
+    if not isinstance(state, tuple):
         raise TypeError(f"a state is a NamedTuple of tensors, got {type(state).__name__} at {prefix or 'top'!r}")
-    for name, value in zip(state._fields, state):
-        yield from state_tensors(value, f"{prefix}.{name}" if prefix else name)
+    for name, value in zip(getattr(state, "_fields", range(len(state))), state):
+        yield from state_tensors(value, f"{prefix}.{name}" if prefix else str(name))
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
     """Apply `function` to every tensor of a state and return a state of the same type."""
     if isinstance(state, Tensor):
         return function(state)
-    return type(state)(*(map_state(function, value) for value in state))
+    values = [map_state(function, value) for value in state]
+    return type(state)(*values) if hasattr(state, "_fields") else tuple(values)
 
 
 def clone_state(state: State) -> State:

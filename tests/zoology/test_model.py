@@ -1,0 +1,132 @@
+"""The language-model shell: shortcuts equal the plain computation, decoding equals the parallel form."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from zoology.config import ModelConfig, layer
+from zoology.data import gather_labels
+from zoology.model import LanguageModel, measured_state
+from zoology.tasks import IGNORE_INDEX, MQAR
+from zoology.train import labelled_loss
+
+TASK = MQAR(vocab_size=32, seq_len=24, num_kv_pairs=4)
+
+
+def build(*names, seed=0, **options):
+    torch.manual_seed(seed)
+    config = ModelConfig(vocab_size=32, d_model=16, layers=[layer(name) for name in names], **options)
+    return LanguageModel(config).double().eval()
+
+
+def test_labelled_loss_is_the_full_head_loss_with_its_gradients():
+    batch = TASK.sample(6, seed=0)
+    short, full = build("base_conv", "attention"), build("base_conv", "attention")
+    labelled_loss(short, gather_labels(batch).rows(slice(None))).backward()
+    logits = full(batch.inputs)
+    F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX).backward()
+    for (name, one), other in zip(short.named_parameters(), full.parameters()):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-10, atol=1e-14), name
+
+
+def test_rows_with_fewer_labels_are_padded_without_effect():
+    batch = TASK.sample(5, seed=1)
+    batch.labels[2, batch.labels[2].ne(IGNORE_INDEX).nonzero()[:3, 0]] = IGNORE_INDEX
+    data = gather_labels(batch)
+    assert (data.targets[2] != IGNORE_INDEX).sum() == 1
+    model = build("base_conv", "attention")
+    plain = F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX)
+    assert torch.allclose(labelled_loss(model, data.rows(slice(None))), plain, rtol=1e-12)
+
+
+def test_an_example_without_labels_is_refused():
+    batch = TASK.sample(3, seed=1)
+    batch.labels[1] = IGNORE_INDEX
+    with pytest.raises(ValueError, match="example 1 has no label"):
+        gather_labels(batch)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_positions": 24}, {"channel_mixer": "swiglu", "norm": "rmsnorm"}, {"channel_mixer": "none"}],
+)
+@torch.no_grad()
+def test_decoding_is_the_parallel_form(options):
+    model = build("base_conv", "based", "sliding_window", "attention", n_layers=4, **options)
+    tokens = TASK.sample(3, seed=2).inputs
+    expected = model(tokens)
+    first, state = model.prefill(tokens[:, :9], model.init_state(3, 24))
+    rest = []
+    for t in range(9, 24):
+        logits, state = model.step(tokens[:, t], state)
+        rest.append(logits)
+    actual = torch.cat([first, torch.stack(rest, 1)], 1)
+    assert torch.allclose(actual, expected, rtol=1e-9, atol=1e-12)
+    assert int(state.position) == 24
+
+
+@torch.no_grad()
+def test_state_is_counted_on_the_live_tensors():
+    model = build("base_conv", "based")
+    _, state = model.prefill(TASK.sample(3, seed=2).inputs, model.init_state(3, 24))
+    elements, size = measured_state(state)
+    assert elements == 3 * model.state_size(24)
+    assert size == 3 * model.state_bytes(24) == 8 * elements
+    features = 1 + 16 + 16 * 17 // 2
+    assert model.state_fields(24) == {
+        "0.base_conv.conv": 2 * 16,
+        "1.based.kv": features * 16,
+        "1.based.key_sum": features,
+    }
+
+
+@torch.no_grad()
+def test_greedy_generation_is_argmax_of_the_parallel_form():
+    model = build("base_conv", "attention", seed=3)
+    tokens = TASK.sample(2, seed=3).inputs[:, :5]
+    expected = tokens
+    for _ in range(4):
+        expected = torch.cat([expected, model(expected)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(model.generate(tokens, 4), expected)
+
+
+@torch.no_grad()
+def test_sampled_generation_follows_seed_and_temperature():
+    model = build("base_conv", "attention", seed=3)
+    tokens = TASK.sample(64, seed=3).inputs[:, :5]
+    one, same = (model.generate(tokens, 6, temperature=1.0, seed=5) for _ in range(2))
+    other = model.generate(tokens, 6, temperature=1.0, seed=6)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(model.generate(tokens, 6, temperature=1e-7, seed=5), model.generate(tokens, 6))
+
+
+def test_paper_init_is_gpt2s():
+    model = build("base_conv", "attention", n_layers=8)
+    attention = model.blocks[1].mixer
+    assert float(model.embedding.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert float(attention.qkv.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert float(attention.out_proj.weight.detach().std()) == pytest.approx(0.02 / math.sqrt(16), rel=0.15)
+    assert attention.qkv.bias.abs().max() == 0
+
+
+def test_own_init_is_left_alone():
+    paper, own = build("attention"), build("attention", init="mixer")
+    assert float(own.blocks[0].mixer.qkv.weight.detach().std()) == pytest.approx(1 / math.sqrt(3 * 16), rel=0.1)
+    assert not torch.equal(paper.blocks[0].mixer.qkv.weight, own.blocks[0].mixer.qkv.weight)
+
+
+def test_identity_channel_mixer_adds_the_second_norm():
+    """The papers' blocks ran an identity between norm and residual: x + norm(x)."""
+    papers, none = build("base_conv", n_layers=1), build("base_conv", n_layers=1, channel_mixer="none")
+    none.load_state_dict(papers.state_dict(), strict=False)
+    tokens = TASK.sample(2, seed=0).inputs
+    bare = none.blocks[0](none.embed(tokens))
+    assert torch.equal(papers.blocks[0](papers.embed(tokens)), bare + F.layer_norm(bare, [16]))
+
+
+def test_too_long_for_learned_positions_is_refused():
+    with pytest.raises(ValueError, match="max_seq_len=25: the model has 24 learned positions"):
+        build("base_conv", max_positions=24).init_state(1, 25)

@@ -1,0 +1,131 @@
+"""Training: deterministic, scheduled as configured, stopped by NaN with the step; evaluation of any callable."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import zoology
+from zoology.config import TrainConfig
+from zoology.data import epoch_batches, load_split
+from zoology.tasks import MQAR
+from zoology.train import TrainingDiverged, learning_rate, train
+
+
+def test_learns_what_it_is_shown(make_run):
+    seen = []
+    outcome = train(make_run(num_examples=1024, epochs=12), on_epoch=seen.append)
+    assert outcome.epochs == seen
+    assert outcome.test["short"].accuracy > 0.95
+    assert outcome.test["short"].num_examples == 40
+    assert outcome.validation["long"].num_examples == 20
+    assert seen[-1].loss < 0.5 * seen[0].loss
+
+
+def test_same_config_same_numbers_and_the_seed_matters(make_run):
+    before = torch.get_rng_state()
+    first, again, other = (train(make_run(epochs=2, seed=seed)) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [e.loss for e in first.epochs] == [e.loss for e in again.epochs]
+    assert first.test == again.test
+    assert first.epochs[-1].loss != other.epochs[-1].loss
+
+
+def test_stops_early_once_validation_is_above_the_threshold(make_run):
+    run = make_run(epochs=40, num_examples=1024, stop_accuracy=0.6)
+    outcome = train(run)
+    assert outcome.stopped_early
+    assert outcome.epochs[-1].validation_accuracy > 0.6
+    assert all(epoch.validation_accuracy <= 0.6 for epoch in outcome.epochs[:-1])
+
+
+def test_best_epoch_is_the_one_scored(make_run):
+    run = make_run(epochs=6, num_examples=256, select="best", stop_accuracy=None, lr=3e-2)
+    outcome = train(run)
+    accuracies = [epoch.validation_accuracy for epoch in outcome.epochs]
+    assert outcome.selected_epoch == 1 + accuracies.index(max(accuracies))
+    mean = sum(score.accuracy for score in outcome.validation.values()) / 2
+    assert mean == pytest.approx(max(accuracies))
+
+
+def test_a_loss_that_is_no_number_names_the_step(make_run):
+    with pytest.raises(TrainingDiverged, match=r"epoch 1, step \d+ of 6 \(lr=1e\+30\)"):
+        train(make_run(lr=1e30))
+
+
+def test_cosine_by_epoch_and_by_step():
+    config = TrainConfig(lr=1.0, min_lr=0.1)
+    assert learning_rate(config, 0.0) == 1.0
+    assert learning_rate(config, 0.5) == pytest.approx(0.55)
+    assert learning_rate(config, 1.0) == pytest.approx(0.1)
+    assert learning_rate(config, 0.25) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert learning_rate(TrainConfig(lr=1.0, schedule="constant"), 0.7) == 1.0
+
+
+def test_epochs_report_the_scheduled_rate(make_run):
+    rates = [epoch.lr for epoch in train(make_run(epochs=4, stop_accuracy=None)).epochs]
+    assert rates == pytest.approx([1e-2 * 0.5 * (1 + math.cos(math.pi * n / 4)) for n in range(4)])
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_shows_every_example_once(shuffle):
+    generator = torch.Generator().manual_seed(0)
+    batches = list(epoch_batches([40, 28], 4, shuffle=shuffle, generator=generator))
+    for index, size in enumerate((40, 28)):
+        rows = torch.cat([rows for which, rows in batches if which == index])
+        assert rows.sort().values.tolist() == list(range(size))
+    in_order = [index for index, _ in batches] == [0] * 10 + [1] * 7
+    assert in_order is not shuffle
+    again = list(epoch_batches([40, 28], 4, shuffle=shuffle, generator=generator))
+    same = all(torch.equal(a[1], b[1]) for a, b in zip(batches, again))
+    assert same is not shuffle
+
+
+def test_splits_share_no_example(make_run):
+    data = make_run().data
+    rows = [row for split in ("train", "validation", "test") for _, d in load_split(data, split) for row in d.tokens]
+    assert len({tuple(row.tolist()) for row in rows}) == len(rows)
+
+
+TASK = MQAR(vocab_size=32, seq_len=16, num_kv_pairs=2, random_non_queries=False)
+
+
+def oracle(tokens):
+    """Logits of a perfect recaller: the token that followed the first occurrence of the current one."""
+    first = (tokens[:, None, :] == tokens[:, :, None]).int().argmax(-1)
+    following = tokens.gather(1, (first + 1).clamp_max(tokens.shape[1] - 1))
+    return torch.nn.functional.one_hot(following, 32).float()
+
+
+def test_evaluate_scores_a_perfect_and_a_blind_callable():
+    perfect = zoology.evaluate(oracle, TASK, 50, 0)
+    assert perfect == (1.0, 0.0, 50)
+    blind = zoology.evaluate(lambda tokens: torch.zeros(*tokens.shape, 32), TASK, 50, 0)
+    assert blind.accuracy == 0.0
+
+
+def test_evaluate_takes_shifted_logits_and_output_objects():
+    def shifted(tokens):
+        return SimpleNamespace(logits=torch.roll(oracle(tokens), -1, dims=1))
+
+    assert zoology.evaluate(shifted, TASK, 50, 0, alignment="next").accuracy == 1.0
+    assert zoology.evaluate(shifted, TASK, 50, 0).accuracy < 0.5
+
+
+def test_evaluate_refuses_what_it_cannot_score():
+    with pytest.raises(ValueError, match=r"shape \[50, 16, 31\], expected \[50, 16, 32\]"):
+        zoology.evaluate(lambda tokens: torch.zeros(*tokens.shape, 31), TASK, 50, 0)
+    with pytest.raises(ValueError, match="alignment='previous'"):
+        zoology.evaluate(oracle, TASK, 5, 0, alignment="previous")
+
+
+def test_evaluate_leaves_a_module_in_its_mode():
+    class Always(torch.nn.Module):
+        def forward(self, tokens):
+            assert not self.training
+            return oracle(tokens)
+
+    model = Always().train()
+    zoology.evaluate(model, TASK, 5, 0)
+    assert model.training
