@@ -94,7 +94,7 @@ def describe(name: str) -> dict[str, Any]:
         "definition": " ".join(definition.split()),
         "details": details,
         "example": format_example(cls(**cls.example)) if cls.example or complete else "",
-        "required_bits": " ".join(inspect.cleandoc(cls.required_bits.__doc__ or "").split()),
+        "required_bits": " ".join(inspect.cleandoc(cls.required_bits.__doc__ or "").partition("\n\n")[0].split()),
         "default_bits": cls().required_bits() if complete else None,
         "options": {key: value.config() if isinstance(value, Task) else value for key, value in options.items()},
         "source": cls.source,
