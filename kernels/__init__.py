@@ -5,10 +5,15 @@ are imported at once and not on demand, because a folder and its function share 
 otherwise let whichever was imported last win.
 """
 
+from kernels.delta_rule import delta_rule, delta_rule_step, dplr_delta_rule, dplr_delta_rule_step
 from kernels.prefix_linear_attention import prefix_linear_attention
 from kernels.taylor_linear_attention import taylor_linear_attention, taylor_linear_attention_step
 
 __all__ = [
+    "delta_rule",
+    "delta_rule_step",
+    "dplr_delta_rule",
+    "dplr_delta_rule_step",
     "prefix_linear_attention",
     "taylor_linear_attention",
     "taylor_linear_attention_step",

@@ -1,7 +1,16 @@
 """Shared test set-up: one thread per worker, and the `gpu` marker."""
 
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+# Functions of transformers that are replaced by an installed library's on import.
+TORCH_FORMS = ("torch_", "chunk_", "recurrent_", "causal_conv1d_")
 
 
 def pytest_collection_modifyitems(items):
@@ -17,3 +26,35 @@ def pytest_collection_modifyitems(items):
 def _one_thread():
     """The test suite runs in several processes on few cores; more threads only fight for them."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def fla_naive():
+    """Load a naive reference of fla by its path: importing the package takes seconds that plain PyTorch does not need."""
+    root = Path(importlib.util.find_spec("fla").submodule_search_locations[0])
+
+    def load(operation):
+        name = f"fla_{operation.replace('/', '_')}_naive"
+        spec = importlib.util.spec_from_file_location(name, root / "ops" / operation / "naive.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def transformers_module(monkeypatch):
+    """Import a modeling file of transformers with its plain-PyTorch operations, where it would hand over to kernels."""
+
+    def load(model):
+        with monkeypatch.context() as patch:
+            for optional in ("fla", "causal_conv1d"):
+                patch.setitem(sys.modules, optional, None)
+            module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+        for name, function in vars(module).copy().items():
+            if inspect.isfunction(function) and hasattr(function, "__wrapped__") and name.startswith(TORCH_FORMS):
+                monkeypatch.setattr(module, name, function.__wrapped__)
+        return module
+
+    return load
