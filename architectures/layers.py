@@ -5,6 +5,8 @@ Axes: B batch, T time, D channels, H heads, K head width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,10 +79,14 @@ def rotary(x: Tensor, positions: Tensor, *, fraction: float = 1.0, base: float =
     if width % 2:
         raise ValueError(f"rotary embedding needs an even width, got {width} of head_dim {x.shape[-1]}")
     frequencies = base ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width)
-    angles = (positions.to(torch.float64)[:, None] * frequencies).to(
-        torch.promote_types(x.dtype, torch.float32)
-    )
+    angles = (positions.to(torch.float64)[:, None] * frequencies).to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     first, second = x[..., : width // 2], x[..., width // 2 : width]
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., width:]], dim=-1)
     return turned.to(x.dtype)
+
+
+def step_size_bias(num: int, *, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> Tensor:
+    """Biases [num] whose softplus is log-uniform in [low, high], the step sizes of Mamba (arXiv:2312.00752, 3.6)."""
+    step = torch.exp(torch.rand(num) * (math.log(high) - math.log(low)) + math.log(low)).clamp(min=floor)
+    return step + torch.log(-torch.expm1(-step))

@@ -30,7 +30,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def fla_naive():
-    """Load a naive reference of fla by its path: importing the package takes seconds that plain PyTorch does not need."""
+    """Load a naive reference of fla by its path: importing the whole package takes seconds."""
     root = Path(importlib.util.find_spec("fla").submodule_search_locations[0])
 
     def load(operation):
