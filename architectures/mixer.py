@@ -60,7 +60,8 @@ def count_bytes(tensor: Tensor) -> int:
 class SequenceMixer(nn.Module):
     """Base class of every architecture: maps [B, T, D] to [B, T, D], causally, with an explicit decode state.
 
-    A subclass defines `forward`, `init_state`, `prefill` and `step`. Rules that the tests check for each:
+    A subclass defines `init_state` and `step`, and `prefill` and `forward` where a parallel form is faster. Rules
+    that the tests check for each:
 
     - `step` reads parameters, `x` and `state`, nothing else, and returns a state of the same shapes.
     - State tensors have the batch as their first axis; the only exception is a 0-d integer position.
@@ -86,16 +87,23 @@ class SequenceMixer(nn.Module):
         self._resolved: dict[tuple, str] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Parallel form: x [B, T, D] -> [B, T, D]."""
-        raise NotImplementedError
+        """Parallel form: x [B, T, D] -> [B, T, D]. By default `prefill` from an empty state."""
+        return self.prefill(x, self.init_state(x.shape[0], x.shape[1], device=x.device))[0]
 
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> State:
         """Empty state for `batch_size` sequences of at most `max_seq_len` tokens."""
         raise NotImplementedError
 
     def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """Parallel form from a state on: x [B, T, D], state -> [B, T, D], state after the T tokens."""
-        raise NotImplementedError
+        """Parallel form from a state on: x [B, T, D], state -> [B, T, D], state after the T tokens.
+
+        By default one `step` after the other: right, but slow.
+        """
+        outputs = []
+        for token in x.unbind(1):
+            y, state = self.step(token, state)
+            outputs.append(y)
+        return torch.stack(outputs, 1), state
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token: x [B, D], state -> [B, D], state."""

@@ -1,0 +1,79 @@
+"""The README is true: its tables are today's, its examples run and do what it says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import architectures
+from architectures import registry
+from zoology import tables, tasks
+from zoology.tasks import registry as task_registry
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def example(marker):
+    """The Python block that follows `<!-- example: marker -->`."""
+    found = re.search(rf"<!-- example: {marker} -->\n```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    return found.group(1)
+
+
+def test_tables_are_todays():
+    text = README.read_text()
+    assert text.count("<!-- table:") == len(tables.TABLES)
+    assert tables.replace_tables(text) == text
+
+
+def test_an_unknown_table_is_refused():
+    with pytest.raises(ValueError, match="unknown table 'animals': there are architectures, tasks"):
+        tables.replace_tables("<!-- table: animals -->\n<!-- end -->")
+
+
+def test_every_table_row_names_its_state():
+    rows = [row for row in tables.architecture_table().splitlines() if row.startswith("| `")]
+    assert len(rows) == len(architectures.names())
+    based = next(row for row in rows if row.startswith("| `based`"))
+    features = 1 + 16 + 16 * 17 // 2
+    assert f"{features * 65:,} = kv {features * 64:,} + key_sum {features:,}" in based
+
+
+@torch.no_grad()
+def test_the_architecture_example_is_an_architecture(tmp_path):
+    code = example("architecture")
+    assert len(code.strip().splitlines()) <= 25
+    path = tmp_path / "decay_average.py"
+    path.write_text(code)
+    try:
+        assert architectures.load_file(path) == ["decay_average"]
+        mixer = architectures.create("decay_average", d_model=8).double()
+        x = torch.randn(2, 5, 8, dtype=torch.float64)
+        state, outputs = mixer.init_state(2, 5), []
+        for t in range(5):
+            y, state = mixer.step(x[:, t], state)
+            outputs.append(y)
+        assert torch.allclose(torch.stack(outputs, 1), mixer(x), rtol=1e-9)
+        assert mixer.state_size(1000) == 8
+    finally:
+        registry._entries.pop("decay_average", None)
+
+
+def test_the_task_example_is_a_task():
+    code = example("task")
+    assert len(code.strip().splitlines()) <= 25
+    try:
+        exec(compile(code, "README.md", "exec"), {"__name__": "readme_task"})
+        task = tasks.create("copy_first", vocab_size=16, seq_len=6)
+        batch = task.sample(100, seed=0)
+        assert torch.equal(batch.labels[:, -1], batch.inputs[:, 0])
+        assert (batch.labels[:, :-1] == tasks.IGNORE_INDEX).all()
+        assert task.required_bits() == 4.0
+    finally:
+        task_registry._TASKS.pop("copy_first", None)
+
+
+def test_the_evaluate_example_runs():
+    namespace = {"__name__": "readme_evaluate"}
+    exec(compile(example("evaluate"), "README.md", "exec"), namespace)
+    assert namespace["score"].accuracy == 1.0

@@ -1,0 +1,68 @@
+"""The README's tables, generated from the registries: `python -m zoology.tables README.md` rewrites them in place."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import architectures
+from zoology import tasks
+
+D_MODEL, SEQ_LEN = 64, 1024
+
+
+def architecture_table() -> str:
+    """One row per architecture: paper, what it is, options with defaults, measured state, backends."""
+    lines = [
+        f"| architecture | what it is | options (defaults) | state at d_model {D_MODEL}, length {SEQ_LEN} | backends |",
+        "|---|---|---|---|---|",
+    ]
+    for name in architectures.names():
+        told = architectures.describe(name, d_model=D_MODEL, seq_len=SEQ_LEN)
+        options = [f"`{key}={o.default!r}`" for key, o in told.options.items() if key not in _COMMON_OPTIONS]
+        fields = " + ".join(f"{field} {count:,}" for field, count in told.state.items() if count)
+        state = f"{sum(told.state.values()):,} = {fields}" if "+" in fields else fields
+        summary = told.summary.replace("|", "\\|")
+        cells = (f"`{name}`", f"{summary} ({told.paper})", ", ".join(options) or "-", state, ", ".join(told.backends))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def task_table() -> str:
+    """One row per task: definition, an example line, required bits, source."""
+    lines = ["| task | definition | example (`token>label`) | required bits | source |", "|---|---|---|---|---|"]
+    for name in tasks.names():
+        told = tasks.describe(name)
+        cells = (f"`{name}`", told["definition"], f"`{told['example']}`", told["required_bits"], told["source"])
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"architectures": architecture_table, "tasks": task_table}
+_COMMON_OPTIONS = frozenset({"d_model", "backend", "layer_idx", "n_layers"})
+
+
+def replace_tables(text: str) -> str:
+    """`text` with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew for every known NAME.
+
+    Raises ValueError for a marker with an unknown name.
+    """
+
+    def fresh(match: re.Match) -> str:
+        name = match.group(1)
+        if name not in TABLES:
+            raise ValueError(f"unknown table {name!r}: there are {', '.join(TABLES)}")
+        return f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fresh, text, flags=re.DOTALL)
+
+
+def main(paths: list[str]) -> None:
+    for path in map(Path, paths):
+        path.write_text(replace_tables(path.read_text()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
