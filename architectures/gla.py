@@ -1,0 +1,137 @@
+"""Gated linear attention: a matrix state with a data-dependent decay per key channel."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from architectures.layers import ShortConvolution, merge_heads, split_heads
+from architectures.mixer import SequenceMixer, default_num_heads
+from architectures.registry import register
+from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
+
+
+class GLAState(NamedTuple):
+    """`kv` [B, H, K, V]; `conv` [B, conv_size - 1, 2 H K + H V], inputs of the convolution ([B, 0, 0] if none)."""
+
+    kv: Tensor
+    conv: Tensor
+
+
+@register("gla", paper="arXiv:2312.06635")
+class GatedLinearAttention(SequenceMixer):
+    """Gated linear attention: S_t = diag(alpha_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t / sqrt(K), alpha_t in (0, 1)^K.
+
+    GLA (arXiv:2312.06635), section 4.4:
+
+        alpha = sigmoid(W_2 W_1 x + b)^(1 / 16);   y = W_o (silu(W_g x) * RMSNorm(o)), the norm per head
+
+    Keys are `expand_k`, values `expand_v` times d_model wide; `gate_rank` is the width between W_1 and W_2, and
+    `gate_temperature` the 16. Queries, keys and gate start as in the official code, xavier-uniform with gain
+    2^-2.5. Norm with weights and the optional short convolution (SiLU, `conv_size`) as in flash-linear-attention.
+
+    Checked against fla's `naive_recurrent_gla`. Without the convolution the state is the published count, K V per
+    head; the convolution's (conv_size - 1)(2 H K + H V) elements come on top.
+
+    Raises ValueError where expand_k or expand_v times d_model is no integer, or num_heads does not divide both.
+    """
+
+    backends = ("reference",)
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int | None = None,
+        expand_k: float | None = None,
+        expand_v: float = 1.0,
+        gate_rank: int = 16,
+        gate_temperature: float = 16.0,
+        use_short_conv: bool = False,
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
+        backend: str = "auto",
+    ):
+        super().__init__(d_model, backend=backend)
+        if expand_k is None:
+            expand_k = 0.5 if d_model % 2 == 0 else 1.0
+        key_dim = _expanded(d_model, expand_k, "expand_k")
+        value_dim = _expanded(d_model, expand_v, "expand_v")
+        if gate_rank < 1:
+            raise ValueError(f"gate_rank must be at least 1, got {gate_rank}")
+        if not gate_temperature > 0:
+            raise ValueError(f"gate_temperature must be positive, got {gate_temperature}")
+        self.num_heads = default_num_heads(math.gcd(key_dim, value_dim), 32) if num_heads is None else num_heads
+        if self.num_heads < 1 or key_dim % self.num_heads or value_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads={num_heads} does not divide both widths, {key_dim} of keys and {value_dim} of values"
+            )
+        self.head_k_dim, self.head_v_dim = key_dim // self.num_heads, value_dim // self.num_heads
+        self.gate_temperature = gate_temperature
+        self.q_proj = nn.Linear(d_model, key_dim, bias=False)
+        self.k_proj = nn.Linear(d_model, key_dim, bias=False)
+        self.v_proj = nn.Linear(d_model, value_dim, bias=False)
+        self.g_proj = nn.Linear(d_model, value_dim, bias=False)
+        self.decay_proj = nn.Sequential(nn.Linear(d_model, gate_rank, bias=False), nn.Linear(gate_rank, key_dim))
+        for layer in (self.q_proj, self.k_proj, *self.decay_proj):
+            nn.init.xavier_uniform_(layer.weight, gain=2**-2.5)
+        self.conv = None
+        if use_short_conv:
+            self.conv = ShortConvolution(2 * key_dim + value_dim, conv_size, bias=False, activation="silu")
+        self.norm_weight = nn.Parameter(torch.ones(self.head_v_dim))
+        self.norm_eps = norm_eps
+        self.out_proj = nn.Linear(value_dim, d_model, bias=False)
+
+    def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> GLAState:
+        like = self.like_parameters(device, dtype)
+        kv = torch.zeros(batch_size, self.num_heads, self.head_k_dim, self.head_v_dim, **like)
+        if self.conv is None:
+            return GLAState(kv, torch.zeros(batch_size, 0, 0, **like))
+        return GLAState(kv, self.conv.init_tail(batch_size, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x, self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype))[0]
+
+    def prefill(self, x: Tensor, state: GLAState) -> tuple[Tensor, GLAState]:
+        self.check_state(x, state)
+        return self._run(x, state)
+
+    def step(self, x: Tensor, state: GLAState) -> tuple[Tensor, GLAState]:
+        self.check_state(x, state)
+        return self._run(x, state)
+
+    def _run(self, x: Tensor, state: GLAState) -> tuple[Tensor, GLAState]:
+        """x [B, T, D] or, one token, [B, D]."""
+        (q, k, v, g), conv = self._project(x, state.conv)
+        o, kv = self._mix(q * self.head_k_dim**-0.5, k, v, g, state.kv)
+        o = F.rms_norm(o, o.shape[-1:], self.norm_weight.to(o.dtype), self.norm_eps)
+        o = merge_heads(o) * F.silu(self.g_proj(x))
+        return self.out_proj(o), GLAState(kv, conv)
+
+    def _project(self, x: Tensor, conv: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """x [..., D] -> q k and the log decay g [..., H, K], v [..., H, V], and the tail of the convolution."""
+        parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.conv is not None:
+            convolve = self.conv.step if x.ndim == 2 else self.conv.prefill
+            joint, conv = convolve(torch.cat(parts, dim=-1), conv)
+            parts = joint.split([part.shape[-1] for part in parts], dim=-1)
+        logits = self.decay_proj(x)
+        # A decay of 1 - 1e-4 is lost in a 16-bit sigmoid.
+        g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / self.gate_temperature
+        return tuple(split_heads(part, self.num_heads) for part in (*parts, g)), conv
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+        if q.ndim == 3:
+            return linear_recurrence_step(q, k, v, g, kv)
+        return linear_recurrence(q, k, v, g, initial_state=kv, output_final_state=True)
+
+
+def _expanded(d_model: int, factor: float, name: str) -> int:
+    width = round(d_model * factor)
+    if width < 1 or not math.isclose(width, d_model * factor):
+        raise ValueError(f"{name}={factor} times d_model={d_model} is {d_model * factor}; allowed: a positive integer")
+    return width
