@@ -67,6 +67,64 @@ def test_duplicate_names_are_refused_with_both_places(scratch_registry):
         tasks.register("mqar")(Other)
 
 
+def test_tasks_of_installed_packages(scratch_registry, monkeypatch, tmp_path):
+    from importlib.metadata import EntryPoint
+
+    (tmp_path / "some_tasks.py").write_text(
+        "from zoology.tasks import Task, register\n@register('packaged')\nclass Packaged(Task):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    offered = [
+        EntryPoint("packaged", "some_tasks", "zoology.tasks"),
+        EntryPoint("misnamed", "some_tasks", "zoology.tasks"),
+        EntryPoint("broken", "no_such_module_anywhere", "zoology.tasks"),
+    ]
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: offered)
+    assert {"packaged", "broken", "mqar"} <= set(tasks.names())
+    assert tasks.create("mqar") == MQAR()  # a broken package breaks only what it offers
+    assert tasks.get("packaged").__module__ == "some_tasks"
+    with pytest.raises(ValueError, match=r"'misnamed': some_tasks does not register it"):
+        tasks.get("misnamed")
+    with pytest.raises(ValueError, match=r"'broken' \(no_such_module_anywhere\): ModuleNotFoundError"):
+        tasks.get("broken")
+
+
+def test_a_file_of_tasks(scratch_registry, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import numpy as np\n"
+        "from zoology.tasks import Task, register\n"
+        "@register('echo', source='mine')\n"
+        "class Echo(Task):\n"
+        "    vocab_size: int = 5\n"
+        "    seq_len: int = 4\n"
+        "    def draw(self, stream, n):\n"
+        "        tokens = stream.integers(0, self.vocab_size, n, self.seq_len)\n"
+        "        return tokens, tokens\n"
+    )
+    assert tasks.load_file(path) == ["echo"]
+    assert tasks.load_file(str(path)) == ["echo"]  # again: the same file, not a duplicate
+    task = tasks.create("echo")
+    inputs, labels = task.sample(50, 0)
+    assert torch.equal(inputs, labels)
+    assert inputs.unique().tolist() == [0, 1, 2, 3, 4]
+    assert pickle.loads(pickle.dumps(task)) == task
+    with pytest.raises(NotImplementedError, match="Echo does not define required_bits"):
+        task.required_bits()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "does not exist"), ("1 / 0", "failed: ZeroDivisionError"), ("x = 1", "registers nothing")],
+)
+def test_a_bad_file_of_tasks(tmp_path, text, message):
+    path = tmp_path / "bad.py"
+    for content in [text] * (text is not None):
+        path.write_text(content)
+    with pytest.raises(ValueError, match=rf"bad\.py' {message}"):
+        tasks.load_file(path)
+
+
 def test_only_tasks_can_be_registered():
     with pytest.raises(ValueError, match="subclass"):
         tasks.register("x")(dict)

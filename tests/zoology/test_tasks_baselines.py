@@ -26,6 +26,13 @@ def test_by_hand():
     assert position_copy(TRAIN, TEST) == 2 / 4
 
 
+def test_position_copy_may_copy_the_position_itself_but_none_after_it():
+    train = batch([[1, 2, 3], [4, 5, 6]], [[N, 2, N], [N, 5, N]])
+    assert position_copy(train, batch([[7, 8, 9]], [[N, 8, N]])) == 1.0
+    later = batch([[1, 2, 3], [4, 5, 6]], [[N, 3, N], [N, 6, N]])
+    assert position_copy(later, batch([[7, 8, 9]], [[N, 9, N]])) == 0.0
+
+
 def test_majority_of_a_skewed_label():
     train = batch([[0, 0, 0]], [[1, 1, 0]])
     assert majority(train, batch([[0, 0, 0]], [[1, 0, N]])) == 0.5

@@ -20,7 +20,7 @@ from .mqar_variants import (
     TwoHopMQAR,
     longer_than_train,
 )
-from .registry import AnyTask, create, describe, format_example, from_config, get, names, register
+from .registry import AnyTask, create, describe, format_example, from_config, get, load_file, names, register
 from .samplers import Stream
 from .set_disjointness import SetDisjointness
 
@@ -52,6 +52,7 @@ __all__ = [
     "format_example",
     "from_config",
     "get",
+    "load_file",
     "longer_than_train",
     "names",
     "register",

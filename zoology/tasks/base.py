@@ -40,7 +40,7 @@ class Task(BaseModel):
     Raises ValueError for an unknown option or one out of range, naming option, value and what is allowed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: ClassVar[str] = ""
     """Set by `register`."""

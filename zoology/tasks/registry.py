@@ -1,9 +1,12 @@
 """Tasks by name, so that a config written as JSON can say which one it means."""
 
 import difflib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
@@ -41,25 +44,55 @@ def register(name: str, *, source: str | None = None) -> Callable[[type[Task]], 
 
 
 def names() -> list[str]:
-    """Names of all registered tasks, sorted."""
-    for entry in entry_points(group=ENTRY_POINTS):
-        if entry.name not in _TASKS:
-            entry.load()
-    return sorted(_TASKS)
+    """Names of all registered tasks, and of those that installed packages offer, sorted."""
+    return sorted({*_TASKS, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
 
 
 def get(name: str) -> type[Task]:
-    """The class of a task. Raises ValueError for an unknown name, with the closest ones."""
-    if name not in _TASKS:
-        known = names()
-        if name not in _TASKS:
-            raise ValueError(f"unknown task {name!r}{closest(name, known)}; tasks are {', '.join(known)}")
-    return _TASKS[name]
+    """The class of a task.
+
+    Raises ValueError for an unknown name, with the closest ones, and for an entry point of a package that cannot be
+    loaded or does not register its name.
+    """
+    if name in _TASKS:
+        return _TASKS[name]
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name == name:
+            try:
+                entry.load()
+            except Exception as error:
+                raise ValueError(f"task {name!r} ({entry.value}): {type(error).__name__}: {error}") from error
+            if name not in _TASKS:
+                raise ValueError(f"task {name!r}: {entry.value} does not register it")
+            return _TASKS[name]
+    raise ValueError(f"unknown task {name!r}{closest(name, names())}; tasks are {', '.join(names())}")
 
 
 def create(name: str, **options) -> Task:
     """The task `name` with these options. Raises ValueError for an unknown name or a wrong option."""
     return get(name)(**options)
+
+
+def load_file(path: str | Path) -> list[str]:
+    """Run a user's Python file and return the names of the tasks it registered.
+
+    Raises ValueError if the file is missing, fails or registers nothing.
+    """
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise ValueError(f"tasks file {str(path)!r} does not exist")
+    module_name = f"zoology_user_tasks_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # so that its classes can be pickled
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"tasks file {str(path)!r} failed: {type(error).__name__}: {error}") from error
+    added = sorted(name for name, cls in _TASKS.items() if cls.__module__ == module_name)
+    if not added:
+        raise ValueError(f"tasks file {str(path)!r} registers nothing: decorate a class with @register(name)")
+    return added
 
 
 def from_config(config: Mapping[str, Any] | Task) -> Task:
