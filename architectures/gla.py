@@ -16,7 +16,13 @@ from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 
 
 class GLAState(NamedTuple):
-    """`kv` [B, H, K, V]; `conv` [B, conv_size - 1, 2 H K + H V], inputs of the convolution ([B, 0, 0] if none)."""
+    """`kv` [B, H, K, V]."""
+
+    kv: Tensor
+
+
+class GLAConvState(NamedTuple):
+    """`kv` [B, H, K, V]; `conv` [B, conv_size - 1, 2 H K + H V], the last inputs of the short convolution."""
 
     kv: Tensor
     conv: Tensor
@@ -86,43 +92,41 @@ class GatedLinearAttention(SequenceMixer):
         self.norm_eps = norm_eps
         self.out_proj = nn.Linear(value_dim, d_model, bias=False)
 
-    def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> GLAState:
+    def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> GLAState | GLAConvState:
         like = self.like_parameters(device, dtype)
         kv = torch.zeros(batch_size, self.num_heads, self.head_k_dim, self.head_v_dim, **like)
-        if self.conv is None:
-            return GLAState(kv, torch.zeros(batch_size, 0, 0, **like))
-        return GLAState(kv, self.conv.init_tail(batch_size, **like))
+        return GLAState(kv) if self.conv is None else GLAConvState(kv, self.conv.init_tail(batch_size, **like))
 
     def forward(self, x: Tensor) -> Tensor:
         return self._run(x, self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype))[0]
 
-    def prefill(self, x: Tensor, state: GLAState) -> tuple[Tensor, GLAState]:
+    def prefill(self, x: Tensor, state: GLAState | GLAConvState) -> tuple[Tensor, GLAState | GLAConvState]:
         self.check_state(x, state)
         return self._run(x, state)
 
-    def step(self, x: Tensor, state: GLAState) -> tuple[Tensor, GLAState]:
+    def step(self, x: Tensor, state: GLAState | GLAConvState) -> tuple[Tensor, GLAState | GLAConvState]:
         self.check_state(x, state)
         return self._run(x, state)
 
-    def _run(self, x: Tensor, state: GLAState) -> tuple[Tensor, GLAState]:
+    def _run(self, x: Tensor, state: GLAState | GLAConvState) -> tuple[Tensor, GLAState | GLAConvState]:
         """x [B, T, D] or, one token, [B, D]."""
-        (q, k, v, g), conv = self._project(x, state.conv)
+        (q, k, v, g), *conv = self._project(x, *state[1:])
         o, kv = self._mix(q * self.head_k_dim**-0.5, k, v, g, state.kv)
         o = F.rms_norm(o, o.shape[-1:], self.norm_weight.to(o.dtype), self.norm_eps)
         o = merge_heads(o) * F.silu(self.g_proj(x))
-        return self.out_proj(o), GLAState(kv, conv)
+        return self.out_proj(o), type(state)(kv, *conv)
 
-    def _project(self, x: Tensor, conv: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """x [..., D] -> q k and the log decay g [..., H, K], v [..., H, V], and the tail of the convolution."""
+    def _project(self, x: Tensor, *conv: Tensor) -> tuple:
+        """x [..., D] -> (q, k and log decay g [..., H, K], v [..., H, V]), and the tail of the convolution if any."""
         parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
             convolve = self.conv.step if x.ndim == 2 else self.conv.prefill
-            joint, conv = convolve(torch.cat(parts, dim=-1), conv)
+            joint, *conv = convolve(torch.cat(parts, dim=-1), *conv)
             parts = joint.split([part.shape[-1] for part in parts], dim=-1)
         logits = self.decay_proj(x)
         # A decay of 1 - 1e-4 is lost in a 16-bit sigmoid.
         g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / self.gate_temperature
-        return tuple(split_heads(part, self.num_heads) for part in (*parts, g)), conv
+        return tuple(split_heads(part, self.num_heads) for part in (*parts, g)), *conv
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
         if q.ndim == 3:

@@ -16,6 +16,7 @@ from kernels.taylor_linear_attention import (
     TaylorState,
     taylor_linear_attention,
     taylor_linear_attention_step,
+    triton_refusal,
 )
 
 
@@ -48,7 +49,7 @@ class LinearAttention(SequenceMixer):
     counts 1 + f + f^2.
     """
 
-    backends = ("reference",)
+    backends = ("triton", "reference")
 
     def __init__(
         self,
@@ -76,6 +77,13 @@ class LinearAttention(SequenceMixer):
         self.v_proj = nn.Linear(d_model, d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
+    def unsupported(self, backend, *, device, dtype, seq_len):
+        if backend != "triton":
+            return None
+        if not isinstance(self.feature_map_k, Taylor):
+            return "there are Triton kernels for feature_map='taylor' only"
+        return triton_refusal(torch.empty(1, 1, 1, self.feature_dim, device=device, dtype=dtype))
+
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> LinearAttentionState:
         like = self.like_parameters(device, dtype)
         shape = (batch_size, self.num_heads, self.feature_map_k.num_features)
@@ -94,16 +102,20 @@ class LinearAttention(SequenceMixer):
 
     def step(self, x: Tensor, state: LinearAttentionState) -> tuple[Tensor, LinearAttentionState]:
         self.check_state(x, state)
+        backend = self.backend_for(x)
         q, k, v = self._project(x)
         if isinstance(self.feature_map_k, Taylor):
             taylor_state = TaylorState(state.kv, state.key_sum)
-            o, taylor_state = taylor_linear_attention_step(q, k, v, taylor_state, backend=self.backend_for(x))
+            # The Triton step has no gradient: "auto" is left to the operation, which knows whether one is wanted.
+            named = backend if self.backend != "auto" else "auto"
+            o, taylor_state = taylor_linear_attention_step(q, k, v, taylor_state, backend=named)
             return self.out_proj(merge_heads(o)), LinearAttentionState(*taylor_state, state.position + 1)
         q, k, v = self._features(q[:, None], k[:, None], v[:, None], state.position[None])
         o, joint = linear_recurrence_step(q[:, 0], k[:, 0], v[:, 0], None, _join(state))
         return self._output(o), _split(joint, state.position + 1)
 
     def _run(self, x: Tensor, state: LinearAttentionState | None) -> tuple[Tensor, LinearAttentionState | None]:
+        backend = self.backend_for(x)
         q, k, v = self._project(x)
         length, resumed = x.shape[1], state is not None
         if isinstance(self.feature_map_k, Taylor):
@@ -113,7 +125,7 @@ class LinearAttention(SequenceMixer):
                 v,
                 initial_state=TaylorState(state.kv, state.key_sum) if resumed else None,
                 output_final_state=resumed,
-                backend=self.backend_for(x),
+                backend=backend,
             )
             after = LinearAttentionState(*taylor_state, state.position + length) if resumed else None
             return self.out_proj(merge_heads(o)), after

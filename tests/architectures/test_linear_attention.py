@@ -194,3 +194,13 @@ def test_cosformer_refuses_a_sequence_beyond_its_horizon():
     mixer = perturbed("cosformer", feature_map_options={"horizon": 16})
     with pytest.raises(ValueError, match="a sequence of 17 tokens is longer than horizon=16"):
         mixer(torch.zeros(1, 17, 8, dtype=torch.float64))
+
+
+def test_a_named_backend_that_cannot_run_is_refused():
+    x = torch.zeros(1, 4, 8)
+    mixer = architectures.create("linear_attention", 8, feature_map="elu", backend="triton")
+    for run in (lambda: mixer(x), lambda: mixer.step(x[:, 0], mixer.init_state(1, 4))):
+        with pytest.raises(ValueError, match="backend='triton' for LinearAttention: needs a CUDA device"):
+            run()
+    reason = mixer.unsupported("triton", device=torch.device("cuda"), dtype=torch.float32, seq_len=4)
+    assert reason == "there are Triton kernels for feature_map='taylor' only"
