@@ -39,9 +39,9 @@ def position_copy(train: Batch, test: Batch) -> float:
     is most often about the first pair, which is enough to beat chance.
     """
     guess = torch.full_like(test.labels, _commonest(train.labels))
+    inputs = train.inputs.int().T.contiguous().numpy()  # NumPy counts matches several times faster
     for t, column in _scored_columns(train):
-        scored = column != IGNORE_INDEX
-        hits = (train.inputs[scored, : t + 1] == column[scored, None]).sum(0)
+        hits = (inputs[: t + 1] == column.int().numpy()).view("u1").sum(1, dtype="u4")  # IGNORE_INDEX is no token
         guess[:, t] = test.inputs[:, int(hits.argmax())]
     return _accuracy(guess, test)
 
