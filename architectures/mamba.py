@@ -1,0 +1,101 @@
+"""Mamba: a selective state space model, one decay per channel, state entry and token."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from architectures.layers import ShortConvolution, step_size_bias
+from architectures.mixer import SequenceMixer
+from architectures.registry import register
+from kernels.selective_scan import selective_scan, selective_scan_step
+
+
+class MambaState(NamedTuple):
+    """`ssm` [B, E, N], the state of the scan; `conv` [B, d_conv - 1, E], the last inputs of the short convolution."""
+
+    ssm: Tensor
+    conv: Tensor
+
+
+@register("mamba", paper="arXiv:2312.00752")
+class Mamba(SequenceMixer):
+    """Mamba: h_t = exp(dt_t A) * h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t, with dt, B and C read from the input.
+
+    Mamba (arXiv:2312.00752), section 3 (algorithm 2 for the selection, 3.4 for the block, 3.6 for the initialisation):
+
+        x, z = W_in u;   x = silu(conv(x));   dt', B, C = W_x x;   dt = softplus(W_dt dt' + b_dt);   A = -exp(A_log)
+        out = W_out ((scan(x, dt, A, B, C) + D x) * silu(z))
+
+    E = expand * d_model channels, N = `d_state`, dt' of width `dt_rank` (d_model / 16, rounded up). As in the
+    official code A starts at -(1 .. N) in every channel (S4D-real), D at 1, softplus(b_dt) log-uniform in
+    [0.001, 0.1], W_dt uniform in +-dt_rank^(-1/2).
+
+    Checked against transformers' `MambaMixer`, weights copied over. The published count is 2 * d_model * N, the `ssm`
+    at expand = 2; it leaves out the (d_conv - 1) E elements of `conv`, and counts a whole Mamba block as nothing.
+    """
+
+    backends = ("reference",)
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__(d_model, backend=backend)
+        dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        for name, value in (("d_state", d_state), ("d_conv", d_conv), ("expand", expand), ("dt_rank", dt_rank)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.d_inner, self.d_state, self.dt_rank = expand * d_model, d_state, dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.conv = ShortConvolution(self.d_inner, d_conv, activation="silu")
+        self.x_proj = nn.Linear(self.d_inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, self.d_inner)
+        nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(step_size_bias(self.d_inner))
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> MambaState:
+        like = self.like_parameters(device, dtype)
+        ssm = torch.zeros(batch_size, self.d_inner, self.d_state, **like)
+        return MambaState(ssm, self.conv.init_tail(batch_size, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x, self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype))[0]
+
+    def prefill(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        self.check_state(x, state)
+        return self._run(x, state)
+
+    def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        self.check_state(x, state)
+        return self._run(x, state)
+
+    def _run(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """u [B, T, D] or, one token, [B, D]."""
+        x, z = self.in_proj(u).chunk(2, dim=-1)
+        x, tail = (self.conv.step if u.ndim == 2 else self.conv.prefill)(x, state.conv)
+        dt, b, c = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y, ssm = self._mix(x, self.dt_proj(dt), b, c, state.ssm)
+        return self.out_proj((y + self.D.to(x.dtype) * x) * F.silu(z)), MambaState(ssm, tail)
+
+    def _mix(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor]:
+        """x and dt before the softplus [..., E], b c [..., N], ssm [B, E, N] -> y [..., E], ssm."""
+        dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)))
+        decay = -self.A_log.to(dt.dtype).exp()
+        if x.ndim == 2:
+            return selective_scan_step(x, dt, decay, b, c, ssm)
+        return selective_scan(x, dt, decay, b, c, initial_state=ssm)
