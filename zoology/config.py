@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from typing import Annotated, Any, Literal
@@ -103,6 +104,10 @@ class DataConfig(Schema):
             raise ValueError(f"test slices need different names, got {labels}: set Slice.name")
         return self
 
+    def __hash__(self) -> int:
+        # By value, also where a task has options that cannot be hashed.
+        return hash(self.model_dump_json())
+
     @property
     def validation(self) -> tuple[Slice, ...]:
         """The test slices with the number of validation examples."""
@@ -118,10 +123,7 @@ class DataConfig(Schema):
 
     def hashes(self) -> dict[str, list[str]]:
         """The hash of every dataset, by split."""
-        return {
-            split: [dataset_hash(part.task, split, part.num_examples, self.seed) for part in parts]
-            for split, parts in (("train", self.train), ("validation", self.validation), ("test", self.test))
-        }
+        return {split: list(hashes) for split, hashes in _dataset_hashes(self)}
 
 
 class TrainConfig(Schema):
@@ -176,9 +178,27 @@ class RunConfig(Schema):
         return _digest(config, self.data.hashes(), SCHEMA_VERSION)
 
 
+def layer_options_text(model: dict[str, Any]) -> str:
+    """What distinguishes a model, a ModelConfig as JSON, on tables: its width and the options of its layers."""
+    parts = [f"d_model={model['d_model']}"]
+    for spec in model["layers"]:
+        parts += [f"{key}={value}" for key, value in spec["options"].items()]
+    return " ".join(dict.fromkeys(parts))
+
+
 def learning_rates(low: float, high: float, count: int) -> list[float]:
     """`count` learning rates, evenly spaced in log10 from 10^low to 10^high, rounded to six digits."""
     return [float(f"{rate:.6g}") for rate in np.logspace(low, high, count)]
+
+
+@functools.lru_cache(maxsize=64)
+def _dataset_hashes(config: DataConfig) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Cached: thousands of runs share a few data configs."""
+    splits = (("train", config.train), ("validation", config.validation), ("test", config.test))
+    return tuple(
+        (split, tuple(dataset_hash(part.task, split, part.num_examples, config.seed) for part in parts))
+        for split, parts in splits
+    )
 
 
 def check_buildable(config: RunConfig) -> None:

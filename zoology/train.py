@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoology.config import RunConfig, TrainConfig
+from zoology.config import DataConfig, RunConfig, Slice, TrainConfig
 from zoology.data import Labelled, epoch_batches, load_split
 from zoology.evaluate import Score, score
 from zoology.model import LanguageModel
@@ -71,24 +71,31 @@ def train(
     *,
     device: torch.device | str = "cpu",
     on_epoch: Callable[[Epoch], Any] | None = None,
+    load: Callable[[DataConfig, str], list[tuple[Slice, Labelled]]] = load_split,
 ) -> Outcome:
     """Train and score one run. The same config gives the same numbers on the same device and versions.
 
-    `on_epoch` is called after each epoch. Raises TrainingDiverged at a loss that is not finite.
+    `on_epoch` is called after each epoch; `load` may keep datasets that several runs share. Raises
+    TrainingDiverged at a loss that is not finite.
     """
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed)
-        return _train(config, device, on_epoch or (lambda epoch: None))
+        return _train(config, device, on_epoch or (lambda epoch: None), load)
 
 
-def _train(config: RunConfig, device: torch.device, on_epoch: Callable[[Epoch], Any]) -> Outcome:
+def _train(
+    config: RunConfig,
+    device: torch.device,
+    on_epoch: Callable[[Epoch], Any],
+    load: Callable[[DataConfig, str], list[tuple[Slice, Labelled]]],
+) -> Outcome:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model = LanguageModel(config.model).to(device)
     splits = {
-        split: [(part.label, data.to(device)) for part, data in load_split(config.data, split)]
+        split: [(part.label, data.to(device)) for part, data in load(config.data, split)]
         for split in ("train", "validation", "test")
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)

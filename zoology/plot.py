@@ -1,0 +1,242 @@
+"""The plot: recall accuracy against recurrent memory, from results alone.
+
+python -m zoology.plot DIR
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from zoology import results
+
+# Okabe and Ito's palette (Color Universal Design), black first; yellow is left out: it vanishes on white. Markers and
+# line styles repeat with other periods, so that a family is told apart without its colour too.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A4B9A")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p")
+LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (8, 2)))
+
+
+class Style(NamedTuple):
+    """How one architecture is drawn."""
+
+    color: str
+    marker: str
+    linestyle: Any
+
+
+def styles(names: Sequence[str]) -> dict[str, Style]:
+    """A style for each name, by the order of the names: no two of the first 440 look the same."""
+    return {
+        name: Style(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], LINES[index % len(LINES)])
+        for index, name in enumerate(names)
+    }
+
+
+def bits_needed(accuracy: np.ndarray, required_bits: float, answers: int) -> np.ndarray:
+    """Bits of state without which a share `accuracy` of the answers cannot be right (Fano's inequality).
+
+    `answers` answers, each one of M = 2^(required_bits / answers) equally likely symbols. A guess that errs with
+    probability e leaves at most h(e) + e log2(M - 1) bits open, so each answer has taken at least
+    log2(M) - h(e) - e log2(M - 1) bits from the state: nothing at chance, e = 1 - 1/M, and log2(M) at e = 0.
+    """
+    error = 1 - np.asarray(accuracy, dtype=float)
+    bits = required_bits / answers
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = -(error * np.log2(error) + (1 - error) * np.log2(1 - error))
+    entropy = np.where((error <= 0) | (error >= 1), 0.0, entropy)
+    left = entropy + error * (bits + math.log2(1 - 2.0**-bits))
+    return answers * np.maximum(bits - left, 0.0)
+
+
+def bound(part: pd.Series, state_bytes: np.ndarray) -> np.ndarray | None:
+    """The highest accuracy on a slice that `state_bytes` of state allow; None where the task has no such bound.
+
+    `part` is a row of the results table: its `required_bits`, `answers` and `vocab_size`.
+    """
+    bits, answers = part["required_bits"], part["answers"]
+    if pd.isna(answers) or not 0 < bits <= answers * math.log2(part["vocab_size"]):
+        return None
+    # From chance up the bits needed only grow, so the curve can be read the other way round.
+    accuracy = np.linspace(2.0 ** -(bits / answers), 1, 4001)
+    return np.interp(8 * state_bytes, bits_needed(accuracy, bits, int(answers)), accuracy)
+
+
+def tradeoff(frame: pd.DataFrame):
+    """Draw accuracy against state: the mean over slices, and every slice as a small multiple.
+
+    Lines follow the best accuracy reached with at most that much state; points off the line are other
+    configurations. Bars span the seeds. Hollow points: the selected learning rate lies at the edge of its grid.
+    Returns the matplotlib figure.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    table, names = results.select(frame), results.slice_names(frame)
+    looks = styles(_by_first_appearance(frame))
+    with rc_context(RC):
+        small = names if len(names) > 1 else []
+        columns = min(4, max(1, len(small)))
+        rows = -(-len(small) // columns)
+        figure = Figure(figsize=(8.4, 4.1 + 1.75 * rows), layout="constrained")
+        if small:
+            top, bottom = figure.subfigures(2, 1, height_ratios=(4.1, 1.75 * rows))
+        else:
+            top, bottom = figure, None
+        axis = top.subplots()
+        limits = _state_limits(frame, table)
+        _draw_panel(axis, table[table["slice"] == results.MEAN], looks, 5.0)
+        _draw_bound(axis, frame, names, limits)
+        longest = int(frame["state_seq_len"].max())
+        axis.set(
+            xlim=limits,
+            xlabel=f"recurrent state at length {longest:,} (bytes per sequence, all layers)",
+            ylabel="test accuracy" if len(names) == 1 else f"test accuracy, mean of {len(names)} slices",
+        )
+        _style_axis(axis)
+        _legend(top, axis, looks, table)
+        if small:
+            grid = bottom.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+            for index, panel in enumerate(grid.flat):
+                if index >= len(small):
+                    panel.set_axis_off()
+                    continue
+                _draw_panel(panel, table[table["slice"] == small[index]], looks, 3.0)
+                _draw_bound(panel, frame, [small[index]], limits)
+                panel.set_title(_slice_title(frame, small[index]))
+                panel.set_xlim(limits)
+                _style_axis(panel)
+            bottom.supylabel("test accuracy", fontsize=8)
+            bottom.supxlabel(f"recurrent state at length {longest:,} (bytes)", fontsize=8)
+    return figure
+
+
+RC = {
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "zoology",
+}
+
+
+def _by_first_appearance(frame: pd.DataFrame) -> list[str]:
+    """Architectures in alphabetical order, attention first: it is what the others are measured by."""
+    return sorted(frame["architecture"].unique(), key=lambda name: (name != "attention", name))
+
+
+def frontier(points: pd.DataFrame) -> pd.DataFrame:
+    """The points that no point with as much or less state beats, by growing state."""
+    points = points.sort_values(["state_bytes", "accuracy"], ascending=[True, False])
+    return points[points["accuracy"] > points["accuracy"].cummax().shift(fill_value=-1.0)]
+
+
+def _draw_panel(axis, table: pd.DataFrame, looks: dict[str, Style], size: float) -> None:
+    for name, look in looks.items():
+        points = table[table["architecture"] == name].sort_values("state_bytes")
+        best = frontier(points)
+        axis.plot(best["state_bytes"], best["accuracy"], color=look.color, ls=look.linestyle, lw=1.3, zorder=2)
+        several = points[points["num_seeds"] > 1]
+        axis.vlines(several["state_bytes"], several["worst"], several["best"], color=look.color, lw=1.0, zorder=2)
+        for edge, group in points.groupby("lr_at_edge"):
+            axis.plot(
+                group["state_bytes"], group["accuracy"], ls="none", marker=look.marker, ms=size, mew=0.9,
+                color=look.color, mfc="white" if edge else look.color, zorder=3, clip_on=False,
+            )  # fmt: skip
+
+
+def _draw_bound(axis, frame: pd.DataFrame, names: Sequence[str], limits: tuple[float, float]) -> None:
+    parts = frame.drop_duplicates("slice").set_index("slice")
+    state = np.geomspace(*limits, 400)
+    curves = [bound(parts.loc[name], state) for name in names]
+    if any(curve is None for curve in curves):
+        return
+    axis.fill_between(state, np.mean(curves, axis=0), 1.0, color="0.87", lw=0, zorder=0)
+    axis.plot(state, np.mean(curves, axis=0), color="0.45", lw=0.9, zorder=1)
+
+
+def _state_limits(frame: pd.DataFrame, table: pd.DataFrame) -> tuple[float, float]:
+    """Wide enough for the points, and for where the hardest slice's bound reaches 1."""
+    low = min(table["state_bytes"].min(), frame["required_bits"].max() / 8)
+    high = table["state_bytes"].max()
+    return max(low, 1) / 1.6, max(high, 2 * low) * 1.6
+
+
+def _style_axis(axis) -> None:
+    axis.set_xscale("log")
+    axis.set_ylim(-0.02, 1.03)
+    axis.set_yticks(np.linspace(0, 1, 6))
+    axis.grid(True, axis="y", color="0.9", lw=0.6)
+    axis.set_axisbelow(True)
+
+
+def _slice_title(frame: pd.DataFrame, name: str) -> str:
+    part = frame[frame["slice"] == name].iloc[0]
+    if part["task"] == "mqar" and not pd.isna(part["num_kv_pairs"]):
+        return f"{int(part['num_kv_pairs'])} pairs, length {int(part['seq_len']):,}"
+    return name
+
+
+def _legend(figure, axis, looks: dict[str, Style], table: pd.DataFrame) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [
+        Line2D([], [], color=look.color, ls=look.linestyle, marker=look.marker, ms=5, lw=1.3, label=name)
+        for name, look in looks.items()
+    ]
+    if axis.collections or len(axis.patches):
+        handles.append(Patch(facecolor="0.87", edgecolor="0.45", lw=0.9, label="ruled out by the\ncounting bound"))
+    if table["lr_at_edge"].any():
+        handles.append(
+            Line2D(
+                [], [], color="0.3", ls="none", marker="o", mfc="white", ms=5, label="learning rate at\nedge of grid"
+            )
+        )
+    if (table["num_seeds"] > 1).any():
+        handles.append(Line2D([], [], color="0.3", ls="none", marker="|", ms=9, label="range over seeds"))
+    axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=2.8)
+
+
+def save(frame: pd.DataFrame, directory: Path | str) -> list[Path]:
+    """Write tradeoff.png and tradeoff.svg; the same results give the same bytes."""
+    figure = tradeoff(frame)
+    paths = [Path(directory, f"tradeoff.{kind}") for kind in ("png", "svg")]
+    for path, metadata in zip(paths, ({}, {"Date": None})):
+        temporary = path.with_suffix(f".tmp{path.suffix}")
+        figure.savefig(temporary, dpi=200, metadata=metadata)
+        temporary.replace(path)
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m zoology.plot DIR [--out DIR]`: draw the figure of a results directory."""
+    import argparse
+    import sys
+
+    parser = argparse.ArgumentParser(prog="python -m zoology.plot", description=__doc__.splitlines()[0])
+    parser.add_argument("directory", help="results directory")
+    parser.add_argument("--out", help="where to write tradeoff.png and tradeoff.svg (default: the results directory)")
+    options = parser.parse_args(arguments)
+    try:
+        paths = save(results.load(options.directory), options.out or options.directory)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(map(str, paths)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

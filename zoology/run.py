@@ -1,0 +1,336 @@
+"""Run a sweep: python -m zoology.run experiments/mqar_sweep.py."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import architectures
+from zoology.config import RunConfig
+from zoology.runner import plan, progress, store
+from zoology.runner.driver import Exit, Signals, SweepOutcome, partition, run_sweep
+from zoology.runner.plan import PlanError, PlannedRun
+
+
+class Scale(str, Enum):
+    smoke = "smoke"
+    laptop = "laptop"
+    paper = "paper"
+
+
+class EngineName(str, Enum):
+    local = "local"
+    ray = "ray"
+
+
+class Rerun(str, Enum):
+    failed = "failed"
+    all = "all"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def run(
+    experiment: Annotated[Path, typer.Argument(help="file that defines sweep(scale) -> list[RunConfig]")],
+    scale: Annotated[Scale | None, typer.Option(help="default: laptop without a GPU, paper with one")] = None,
+    out: Annotated[Path | None, typer.Option(help="results directory; default: results/<experiment>-<scale>")] = None,
+    only: Annotated[str | None, typer.Option(help="architectures to run, separated by commas")] = None,
+    engine: Annotated[EngineName, typer.Option(help="worker processes here, or a Ray cluster")] = EngineName.local,
+    address: Annotated[str | None, typer.Option(help="address of the Ray cluster; default: one of its own")] = None,
+    jobs: Annotated[int | None, typer.Option(help="runs at once, per GPU; default: 1 per GPU, or 1 per core")] = None,
+    seeds: Annotated[int | None, typer.Option(help="seeds 0 to N-1 instead of the experiment's own")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
+    rerun: Annotated[Rerun | None, typer.Option(help="do failed runs, or all, again")] = None,
+    architecture_files: Annotated[
+        list[Path] | None, typer.Option("--architectures", help="file that registers architectures; can be repeated")
+    ] = None,
+    time_limit: Annotated[str | None, typer.Option(help="end cleanly after this time (90, 45s, 10m, 2h)")] = None,
+    timeout: Annotated[str | None, typer.Option(help="give up a run after this time")] = None,
+    retries: Annotated[int, typer.Option(help="further attempts for a run whose worker died")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or a list such as cuda:0,cuda:1")] = "auto",
+) -> None:
+    """Train every run of an experiment that has no result yet, then draw accuracy against state."""
+    raise typer.Exit(sweep(locals_to_options(locals())))
+
+
+def locals_to_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Options as plain values: enums by name."""
+    return {key: value.value if isinstance(value, Enum) else value for key, value in values.items()}
+
+
+def sweep(options: dict[str, Any]) -> int:
+    """What the command does; returns its exit code."""
+    console, errors = make_console(), Console(stderr=True)
+    try:
+        devices = plan.resolve_devices(options["device"])
+        scale, why = plan.choose_scale(options["scale"], devices != ["cpu"])
+        _say(console, why)
+        runs = planned_runs(options, scale, devices[0])
+        directory = options["out"] or Path("results", f"{options['experiment'].stem}-{scale}")
+        if options["dry_run"]:
+            console.print(plan_table(runs))
+            return Exit.DONE
+        limits = {
+            key: plan.parse_duration(options[key], f"--{key.replace('_', '-')}") for key in ("time_limit", "timeout")
+        }
+        if options["retries"] < 0:
+            raise PlanError(f"--retries {options['retries']}: must be 0 or more")
+        setups = worker_setups(options, devices, directory)
+        with store.open_directory(directory), Signals() as stop:
+            return execute(console, options, runs, directory, setups, limits, stop)
+    except ValueError as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
+        return Exit.USAGE
+
+
+def make_console() -> Console:
+    """Standard output; into a file or a pipe, lines may be long."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def planned_runs(options: dict[str, Any], scale: str, device: str) -> list[PlannedRun]:
+    """The checked plan. Raises ValueError."""
+    for path in options["architecture_files"] or ():
+        architectures.load_file(path)
+    runs: list[RunConfig] = plan.load_sweep(options["experiment"], scale)
+    if options["only"] is not None:
+        runs = plan.keep_only(runs, [name for name in options["only"].split(",") if name])
+    if options["seeds"] is not None:
+        runs = plan.with_seeds(runs, options["seeds"])
+    return plan.make_plan(runs, device)
+
+
+def worker_setups(options: dict[str, Any], devices: Sequence[str], directory: Path) -> list[Any]:
+    """One per worker. Raises PlanError for a number of jobs that is not positive."""
+    from zoology.runner.worker import Setup
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = options["jobs"]
+    if jobs is not None and jobs < 1:
+        raise PlanError(f"--jobs {jobs}: must be at least 1")
+    on_cpu = devices == ["cpu"]
+    places = [device for _ in range(jobs or (cores if on_cpu else 1)) for device in devices]
+    # Threads of several workers on the same cores wait for each other: 2 where there is 1 core cost 20 times the time.
+    threads = 1 if on_cpu else max(1, cores // len(places))
+    shared = {
+        "threads": threads,
+        "directory": str(directory.resolve()),
+        "architectures": tuple(str(path.resolve()) for path in options["architecture_files"] or ()),
+        "experiment": str(options["experiment"].resolve()),
+        "git": git_commit(),
+    }
+    return [Setup(device=device, **shared) for device in places]
+
+
+def execute(
+    console: Console,
+    options: dict[str, Any],
+    runs: list[PlannedRun],
+    directory: Path,
+    setups: list[Any],
+    limits: dict[str, float | None],
+    stop: Signals,
+) -> int:
+    """Run what is missing and report."""
+    found = store.scan(directory)
+    todo, left_failed = partition(runs, found, options["rerun"])
+    for run_id, reason in found.broken.items():
+        _say(console, f"result of run {run_id} {reason}: it will be done again", style="yellow")
+    estimate = plan.Estimate()
+    for planned in runs:
+        if planned.run_id in found.finished:
+            estimate.observe(planned, found.finished[planned.run_id]["wall_seconds"])
+    setups = setups[: max(1, len(todo))]
+    _say(console, overview(runs, todo, left_failed, setups, directory))
+    outcome = SweepOutcome(Exit.DONE, {}, {})
+    if todo:
+        outcome = run_sweep(
+            todo,
+            make_engine(options, setups, limits["timeout"]),
+            directory,
+            progress.make_view(console),
+            total=len(runs),
+            done=len(runs) - len(todo),
+            estimate=estimate,
+            retries=options["retries"],
+            time_limit=limits["time_limit"],
+            stop=stop,
+        )
+    for planned in todo:
+        found.finished.pop(planned.run_id, None)
+    records = found.finished | outcome.records
+    failed = {run.run_id: found.failed[run.run_id] for run in left_failed} | outcome.failures
+    return report(console, runs, directory, records, failed, outcome.exit, redraw=bool(todo))
+
+
+def make_engine(options: dict[str, Any], setups: list[Any], timeout: float | None):
+    """The engine that was asked for."""
+    if options["engine"] == "ray":
+        from zoology.engines.ray import RayEngine
+
+        return RayEngine(setups, address=options["address"], timeout=timeout)
+    from zoology.engines.local import LocalEngine
+
+    return LocalEngine(setups, timeout=timeout)
+
+
+def overview(runs, todo, left_failed, setups, directory) -> str:
+    """One line about what is about to happen."""
+    counts = plan.summary(runs)
+    where: dict[str, int] = {}
+    for setup in setups:
+        where[setup.device] = where.get(setup.device, 0) + 1
+    workers = ", ".join(f"{count} on {device}" for device, count in where.items())
+    kept = f", {len(left_failed)} failed before (--rerun failed tries them again)" if left_failed else ""
+    return (
+        f"{counts['runs']} runs of {counts['points']} models of {counts['architectures']} architectures: {len(todo)} to do"
+        f"{kept}; {workers} at once; results in {directory}"
+    )
+
+
+def report(
+    console: Console,
+    runs: list[PlannedRun],
+    directory: Path,
+    records: dict[str, dict[str, Any]],
+    failed: dict[str, str],
+    how: Exit,
+    *,
+    redraw: bool,
+) -> int:
+    """Table, plot, failures, and how to go on."""
+    from zoology import plot, results
+
+    if records:
+        frame = results.from_records(records.values())
+        console.print(results_table(frame, results.select(frame)))
+        figures = [directory / name for name in ("tradeoff.png", "tradeoff.svg")]
+        if redraw or not all(path.exists() for path in figures):
+            try:
+                figures = plot.save(frame, directory)
+            except OSError as error:
+                _say(console, f"the plot cannot be written: {error}", style="red")
+                figures = []
+        for path in figures:
+            _say(console, str(path))
+    labels = {run.run_id: run.label for run in runs}
+    if failed:
+        _say(console, f"{len(failed)} runs failed:", style="red")
+        for run_id, message in failed.items():
+            _say(console, f"  {labels[run_id]}: {message} ({directory / run_id / 'error.txt'})", style="red")
+    if how in (Exit.INTERRUPTED, Exit.TERMINATED, Exit.TIME_LIMIT):
+        finished = sum(run.run_id in records for run in runs)
+        why = {Exit.TIME_LIMIT: "the time limit was reached"}.get(how, "interrupted")
+        _say(console, f"{why}: {finished} of {len(runs)} runs are finished and kept; go on with\n  {command_line()}")
+    return Exit.FAILURES if how is Exit.DONE and failed else how
+
+
+def command_line() -> str:
+    """The command that goes on with this sweep."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--rerun=all"]
+    for index in range(len(arguments) - 1, 0, -1):
+        if arguments[index - 1 : index + 1] == ["--rerun", "all"]:
+            del arguments[index - 1 : index + 1]
+    return shlex.join(["python", "-m", "zoology.run", *arguments])
+
+
+def plan_table(runs: list[PlannedRun]) -> Table:
+    """What would run: one line per model."""
+    table = Table(box=None, pad_edge=False, title=f"{len(runs)} runs", title_justify="left")
+    for title in ("architecture", "model", "learning rates", "seeds", "epochs"):
+        table.add_column(title, overflow="fold")
+    for title in ("parameters", "state bytes", "share of work"):
+        table.add_column(title, justify="right")
+    points: dict[str, list[PlannedRun]] = {}
+    for planned in runs:
+        points.setdefault(planned.point_id, []).append(planned)
+    total = sum(planned.cost for planned in runs)
+    for group in points.values():
+        first = group[0]
+        table.add_row(
+            first.config.architecture,
+            plan.point_label(first.config.model),
+            " ".join(f"{rate:g}" for rate in sorted({planned.config.train.lr for planned in group})),
+            " ".join(str(seed) for seed in sorted({planned.config.seed for planned in group})),
+            str(first.config.train.epochs),
+            f"{first.parameters:,}",
+            f"{first.state_bytes:,}",
+            f"{sum(planned.cost for planned in group) / total:.1%}",
+        )
+    return table
+
+
+def results_table(frame, selected) -> Table:
+    """Test accuracy by point, at the best learning rate; a star marks a rate at the edge of its grid."""
+    from zoology import results
+
+    names = results.slice_names(frame)
+    table = Table(
+        box=None, pad_edge=False, caption="* best learning rate is at the edge of its grid", caption_justify="left"
+    )
+    table.add_column("architecture")
+    table.add_column("model", overflow="fold")
+    titles = [] if len(names) == 1 else [_short(frame, name) for name in names]
+    for title in ("state bytes", "lr", "accuracy", *titles):
+        table.add_column(title, justify="right")
+    for _, group in selected.groupby("point_id", sort=False):
+        by_slice = group.set_index("slice")
+        mean = by_slice.loc[results.MEAN]
+        half = f" ±{mean['high'] - mean['accuracy']:.3f}" if mean["num_seeds"] > 1 else ""
+        cells = [] if len(names) == 1 else [f"{by_slice.loc[name, 'accuracy']:.3f}" for name in names]
+        table.add_row(
+            mean["architecture"],
+            mean["point"],
+            f"{mean['state_bytes']:,}",
+            f"{mean['lr']:g}{'*' if mean['lr_at_edge'] else ' '}",
+            f"{mean['accuracy']:.3f}{half}",
+            *cells,
+        )
+    return table
+
+
+def _short(frame, name: str) -> str:
+    part = frame[frame["slice"] == name].iloc[0]
+    return f"{part['seq_len']}x{part['num_kv_pairs']:g}" if part["task"] == "mqar" else name
+
+
+def git_commit() -> dict[str, Any] | None:
+    """Commit of the source tree this program runs from, and whether tracked files differ from it; None without git."""
+    package = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git("ls-files", "--error-unmatch", "run.py")  # an installed package may lie in somebody else's repository
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    return None
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return app(arguments, standalone_mode=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The driver: gives runs to an engine, writes their files, and ends in an orderly way however it is ended."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from zoology.engines.local import EpochDone, Event, Finished, Started
+from zoology.runner import store
+from zoology.runner.plan import Estimate, PlannedRun, longest_first
+
+
+class Exit(IntEnum):
+    """Exit codes of a sweep."""
+
+    DONE = 0
+    FAILURES = 1
+    USAGE = 2
+    TIME_LIMIT = 75  # EX_TEMPFAIL: queue systems start the job again
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class Engine(Protocol):
+    """What the driver asks of an engine; see `zoology.engines.local`."""
+
+    slots: int
+    free: int
+
+    def start(self, run_id: str, config_json: str) -> None: ...
+    def poll(self, timeout: float) -> list[Event]: ...
+    def stop(self) -> None: ...
+
+
+class View(Protocol):
+    """Who watches a sweep; see `zoology.runner.progress`."""
+
+    def begin(self, progress: Progress) -> None: ...
+    def started(self, run: PlannedRun, worker: int) -> None: ...
+    def epoch(self, run: PlannedRun, epoch: dict[str, Any]) -> None: ...
+    def finished(self, run: PlannedRun, record: dict[str, Any] | None, message: str) -> None: ...
+    def tick(self) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass
+class Active:
+    """A run in progress."""
+
+    run: PlannedRun
+    folder: store.RunFolder
+    attempt: int = 1
+    worker: int | None = None
+    since: float = field(default_factory=time.monotonic)
+    epoch: dict[str, Any] | None = None
+
+    @property
+    def fraction(self) -> float:
+        """How far it is, in epochs."""
+        return 0.0 if self.epoch is None else self.epoch["epoch"] / self.run.config.train.epochs
+
+
+@dataclass
+class Progress:
+    """The state of a sweep, for whoever shows it."""
+
+    total: int
+    done: int
+    failed: int
+    pending: deque[PlannedRun]
+    active: dict[str, Active]
+    estimate: Estimate
+    slots: int
+
+    def seconds_left(self) -> float | None:
+        """A guess from the runs measured so far, or None while nothing is known."""
+        now = time.monotonic()
+        running = []
+        for active in self.active.values():
+            total = self.estimate.seconds(active.run)
+            elapsed = now - active.since
+            if active.fraction > 0:
+                running.append(elapsed / active.fraction * (1 - active.fraction))
+            elif total is not None:
+                running.append(max(0.0, total - elapsed))
+        waiting = [self._seconds(run) for run in self.pending]
+        if any(seconds is None for seconds in waiting) or (not running and not waiting):
+            return None
+        return max([*running, (sum(running) + sum(waiting)) / self.slots])
+
+    def _seconds(self, run: PlannedRun) -> float | None:
+        if (known := self.estimate.seconds(run)) is not None:
+            return known
+        rates = [
+            (time.monotonic() - active.since) / active.fraction / max(active.run.cost, 1.0)
+            for active in self.active.values()
+            if active.fraction > 0
+        ]
+        return run.cost * sum(rates) / len(rates) if rates else None
+
+
+class SweepOutcome(NamedTuple):
+    """How a sweep ended."""
+
+    exit: Exit
+    records: dict[str, dict[str, Any]]  # new results, by run id
+    failures: dict[str, str]  # new failures, by run id
+
+
+def run_sweep(
+    runs: Iterable[PlannedRun],
+    engine: Engine,
+    directory: Path,
+    view: View,
+    *,
+    total: int,
+    done: int = 0,
+    estimate: Estimate | None = None,
+    retries: int = 1,
+    time_limit: float | None = None,
+    stop: Callable[[], Exit | None] = lambda: None,
+) -> SweepOutcome:
+    """Execute `runs`, longest first, and write their files.
+
+    Args:
+        total, done: size of the whole plan and how much of it is done already, for the view.
+        retries: how often a run is tried again whose worker died.
+        time_limit: seconds after which runs in progress are given up and the sweep ends with Exit.TIME_LIMIT.
+        stop: asked several times a second for a reason to end now, such as `Signals`.
+
+    However it ends, what is finished stays, and the next call with the runs that are left goes on.
+    """
+    estimate = estimate or Estimate()
+    pending = deque(longest_first(runs, estimate.seconds))
+    progress = Progress(total, done, 0, pending, {}, estimate, engine.slots)
+    sweep = _Sweep(engine, directory, view, progress, retries)
+    deadline = float("inf") if time_limit is None else time.monotonic() + time_limit
+    view.begin(progress)
+    try:
+        reason = sweep.loop(lambda: stop() or (Exit.TIME_LIMIT if time.monotonic() >= deadline else None))
+    finally:
+        engine.stop()
+        view.end()
+    if reason is Exit.DONE and sweep.failures:
+        reason = Exit.FAILURES
+    return SweepOutcome(reason, sweep.records, sweep.failures)
+
+
+class Signals:
+    """Turns Ctrl-C and SIGTERM into a reason to stop, so that no file is left half-way; a second one is not waited for."""
+
+    def __init__(self):
+        self.reason: Exit | None = None
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> Exit | None:
+        return self.reason
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        if self.reason is not None:
+            raise KeyboardInterrupt
+        self.reason = Exit.INTERRUPTED if number == signal.SIGINT else Exit.TERMINATED
+
+
+class _Sweep:
+    def __init__(self, engine: Engine, directory: Path, view: View, progress: Progress, retries: int):
+        self.engine = engine
+        self.directory = directory
+        self.view = view
+        self.progress = progress
+        self.retries = retries
+        self.records: dict[str, dict[str, Any]] = {}
+        self.failures: dict[str, str] = {}
+
+    def loop(self, stop: Callable[[], Exit | None]) -> Exit:
+        progress = self.progress
+        while progress.pending or progress.active:
+            if (reason := stop()) is not None:
+                return reason
+            while progress.pending and self.engine.free:
+                self._start(progress.pending.popleft())
+            for event in self.engine.poll(0.2):
+                self._handle(event)
+            self.view.tick()
+        return Exit.DONE
+
+    def _start(self, run: PlannedRun) -> None:
+        folder = store.RunFolder(self.directory, run.run_id)
+        self.progress.active[run.run_id] = Active(run, folder)
+        try:
+            folder.begin(run.config)
+        except OSError as error:
+            self._fail(run.run_id, f"cannot write its files: {error}", "")
+            return
+        self.engine.start(run.run_id, run.config.model_dump_json())
+
+    def _handle(self, event: Event) -> None:
+        active = self.progress.active[event.run_id]
+        if isinstance(event, Started):
+            active.worker, active.since = event.worker, time.monotonic()
+            self.view.started(active.run, event.worker)
+        elif isinstance(event, EpochDone):
+            active.epoch = event.epoch
+            try:
+                active.folder.add_epoch(event.epoch)
+            except OSError:
+                pass  # a full disk: the result says whether the run is kept
+            self.view.epoch(active.run, event.epoch)
+        elif event.record is not None:
+            self._finish(active, event)
+        elif event.failure.kind == "crashed" and active.attempt <= self.retries:
+            self._retry(active)
+        else:
+            tries = f" ({active.attempt} attempts)" if active.attempt > 1 else ""
+            self._fail(event.run_id, event.failure.message + tries, event.failure.details)
+
+    def _finish(self, active: Active, event: Finished) -> None:
+        try:
+            active.folder.finish(event.record)
+        except OSError as error:
+            self._fail(event.run_id, f"finished, but its result cannot be written: {error}", "")
+            return
+        self.records[event.run_id] = event.record
+        self.progress.estimate.observe(active.run, event.record["wall_seconds"])
+        self._leave(active, event.record, "")
+
+    def _retry(self, active: Active) -> None:
+        active.attempt += 1
+        active.epoch, active.worker, active.since = None, None, time.monotonic()
+        active.folder.restart()
+        self.engine.start(active.run.run_id, active.run.config.model_dump_json())
+
+    def _fail(self, run_id: str, message: str, details: str) -> None:
+        active = self.progress.active[run_id]
+        self.failures[run_id] = message
+        try:
+            active.folder.fail(message, details)
+        except OSError:
+            pass  # the list of failures at the end has it
+        self.progress.failed += 1
+        self._leave(active, None, message)
+
+    def _leave(self, active: Active, record: dict[str, Any] | None, message: str) -> None:
+        del self.progress.active[active.run.run_id]
+        self.progress.done += 1
+        self.view.finished(active.run, record, message)
+
+
+def partition(
+    runs: Sequence[PlannedRun], found: store.Scan, rerun: str | None
+) -> tuple[list[PlannedRun], list[PlannedRun]]:
+    """What is still to do, and the failed runs that are left alone; `rerun` is None, "failed" or "all"."""
+    todo, failed = [], []
+    for run in runs:
+        if rerun == "all":
+            todo.append(run)
+        elif run.run_id in found.finished:
+            continue
+        elif run.run_id in found.failed and rerun != "failed":
+            failed.append(run)
+        else:
+            todo.append(run)
+    return todo, failed

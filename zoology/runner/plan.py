@@ -1,0 +1,283 @@
+"""From an experiment file to a checked list of runs: everything that can be refused is refused before the first run."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from architectures.mixer import SequenceMixer
+from zoology.config import ModelConfig, RunConfig, layer_options_text
+from zoology.model import LanguageModel
+
+SCALES = ("smoke", "laptop", "paper")
+
+
+class PlanError(ValueError):
+    """A plan that cannot be run; the message says what to change."""
+
+
+class PlannedRun(NamedTuple):
+    """A run, with what is known before it starts."""
+
+    run_id: str
+    point_id: str
+    config: RunConfig
+    label: str  # architecture and the options that distinguish its points, learning rate, seed
+    cost: float  # floating-point operations, roughly
+    state_bytes: int  # at the longest test length
+    parameters: int
+
+
+def choose_scale(requested: str | None, has_gpu: bool) -> tuple[str, str]:
+    """The scale of a sweep, and one line that says why it was taken and how to take another."""
+    others = " or ".join(f"--scale {name}" for name in SCALES)
+    if requested is not None:
+        return requested, f"scale {requested}: as asked for"
+    scale, why = ("paper", "there is a GPU") if has_gpu else ("laptop", "there is no GPU")
+    return scale, f"scale {scale}: the default because {why}; take another with {others}"
+
+
+def load_module(path: Path | str) -> ModuleType:
+    """Import an experiment file under a name of its own. Raises PlanError if it is missing or raises."""
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise PlanError(f"experiment file {path} does not exist")
+    name = f"zoology_experiment_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PlanError(f"experiment file {path}: must be a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise PlanError(f"experiment file {path} failed {_where(error, path)}") from error
+    return module
+
+
+def load_sweep(path: Path | str, scale: str) -> list[RunConfig]:
+    """The runs of an experiment file at a scale. Raises PlanError unless `sweep(scale)` gives a list of RunConfig."""
+    sweep = getattr(load_module(path), "sweep", None)
+    if not callable(sweep):
+        raise PlanError(f"experiment file {path} defines no function sweep(scale) -> list[RunConfig]")
+    try:
+        runs = sweep(scale)
+    except Exception as error:
+        raise PlanError(
+            f"experiment file {path}: sweep({scale!r}) failed {_where(error, Path(path).resolve())}"
+        ) from error
+    if isinstance(runs, RunConfig) or not isinstance(runs, Iterable):
+        raise PlanError(
+            f"experiment file {path}: sweep({scale!r}) returned {type(runs).__name__}, not a list of RunConfig"
+        )
+    runs = list(runs)
+    for index, run in enumerate(runs):
+        if not isinstance(run, RunConfig):
+            raise PlanError(
+                f"experiment file {path}: sweep({scale!r})[{index}] is of type {type(run).__name__}, not RunConfig"
+            )
+    if not runs:
+        raise PlanError(f"experiment file {path}: sweep({scale!r}) is empty")
+    return runs
+
+
+def _where(error: Exception, path: Path) -> str:
+    """The last line of the user's own file on the way to an error, and the error."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = frames[-1].lineno if frames else getattr(error, "lineno", None)
+    return (f"at line {line}: " if line else ": ") + f"{type(error).__name__}: {error}"
+
+
+def keep_only(runs: Sequence[RunConfig], names: Sequence[str]) -> list[RunConfig]:
+    """The runs of the named architectures. Raises PlanError for a name that no run has, listing those there are."""
+    known = sorted({run.architecture for run in runs})
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise PlanError(f"--only {','.join(unknown)}: not in this sweep, which has {', '.join(known)}")
+    return [run for run in runs if run.architecture in names]
+
+
+def with_seeds(runs: Sequence[RunConfig], count: int) -> list[RunConfig]:
+    """Every run with the seeds 0 to count - 1, instead of those the experiment gave it."""
+    if count < 1:
+        raise PlanError(f"--seeds {count}: must be at least 1")
+    bare = {run.model_copy(update={"seed": 0}).run_id: run for run in runs}
+    return [run.model_copy(update={"seed": seed}) for run in bare.values() for seed in range(count)]
+
+
+def make_plan(runs: Sequence[RunConfig], device: str) -> list[PlannedRun]:
+    """Check every run for this device and say what it will cost, in the order given.
+
+    Raises PlanError for runs that are there twice, for models that cannot be built, and for named backends that
+    cannot run here.
+    """
+    measured: dict[str, _Measured] = {}
+    keys: dict[int, str] = {}
+    planned = []
+    for run in runs:
+        key = keys.setdefault(id(run.model), f"{run.model.model_dump_json()}")
+        lengths = sorted({part.task.seq_len for part in (*run.data.train, *run.data.test)})
+        key = f"{key} {lengths} {run.train.precision}"
+        if key not in measured:
+            measured[key] = _measure(run, lengths, device)
+        known = measured[key]
+        longest = run.data.max_test_length
+        planned.append(
+            PlannedRun(
+                run_id=run.run_id,
+                point_id=run.point_id,
+                config=run,
+                label=f"{run.architecture} {point_label(run.model)} lr={run.train.lr:g} seed={run.seed}",
+                cost=_cost(run, known),
+                state_bytes=known.state_bytes[longest],
+                parameters=known.parameters,
+            )
+        )
+    _refuse_duplicates(planned)
+    return planned
+
+
+def _refuse_duplicates(planned: Sequence[PlannedRun]) -> None:
+    counts = Counter(run.run_id for run in planned)
+    twice = {run.run_id: run.label for run in planned if counts[run.run_id] > 1}
+    if twice:
+        listed = "; ".join(f"{label} ({counts[run_id]} times)" for run_id, label in list(twice.items())[:5])
+        raise PlanError(f"the sweep has {len(twice)} runs more than once: {listed}")
+
+
+class _Measured(NamedTuple):
+    parameters: int
+    mixer_parameters: int
+    state_elements: dict[int, int]
+    state_bytes: dict[int, int]
+
+
+def _measure(run: RunConfig, lengths: Sequence[int], device: str) -> _Measured:
+    """Build the model without memory, check its backends, and count its parameters and state."""
+    what = f"{run.architecture} ({point_label(run.model)})"
+    try:
+        with torch.device("meta"):
+            model = LanguageModel(run.model)
+        _check_backends(model, run, lengths, device)
+        embedding = run.model.d_model * (run.model.vocab_size + run.model.max_positions)
+        return _Measured(
+            model.num_parameters(),
+            model.num_parameters() - embedding,
+            {length: model.state_size(length) for length in lengths},
+            {length: model.state_bytes(length) for length in lengths},
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise PlanError(f"{what}: {error}") from error
+
+
+def _check_backends(model: LanguageModel, run: RunConfig, lengths: Iterable[int], device: str) -> None:
+    """A backend that was named runs or is refused here, before the first run."""
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    for module in model.modules():
+        if isinstance(module, SequenceMixer) and module.backend != "auto":
+            for length in lengths:
+                module.resolve_backend(device, dtype, length)
+
+
+def _cost(run: RunConfig, model: _Measured) -> float:
+    """Operations of a training run: what orders runs and predicts the time left, not a measurement.
+
+    A token costs a multiplication per mixer parameter and per state element, a label one per entry of the head.
+    """
+    total = 0.0
+    for part in run.data.train:
+        length = part.task.seq_len
+        labels = getattr(part.task, "num_questions", length)
+        head = labels * run.model.d_model * run.model.vocab_size
+        total += part.num_examples * (length * (model.mixer_parameters + model.state_elements[length]) + head)
+    return 6.0 * run.train.epochs * total
+
+
+def point_label(model: ModelConfig) -> str:
+    """What distinguishes a model among those of its architecture: width and the options of its layers."""
+    return layer_options_text(model.model_dump(mode="json"))
+
+
+def longest_first(runs: Iterable[PlannedRun], seconds: Callable[[PlannedRun], float | None]) -> list[PlannedRun]:
+    """Order runs so that the longest start first: by measured seconds where known for all, else by cost."""
+    runs = list(runs)
+    times = {run.run_id: seconds(run) for run in runs}
+    if all(time is not None for time in times.values()):
+        return sorted(runs, key=lambda run: -times[run.run_id])
+    return sorted(runs, key=lambda run: -run.cost)
+
+
+class Estimate:
+    """Seconds that runs will take, from those that were measured on the way."""
+
+    def __init__(self):
+        self._by_point: dict[str, list[float]] = {}
+        self._rates: dict[str, list[float]] = {}
+
+    def observe(self, run: PlannedRun, seconds: float) -> None:
+        """Learn from a finished run."""
+        self._by_point.setdefault(run.point_id, []).append(seconds)
+        for key in (run.config.architecture, ""):
+            self._rates.setdefault(key, []).append(seconds / max(run.cost, 1.0))
+
+    def seconds(self, run: PlannedRun) -> float | None:
+        """What `run` will take: as its siblings did, else by cost as its architecture did, else as any did."""
+        if known := self._by_point.get(run.point_id):
+            return sum(known) / len(known)
+        rates = self._rates.get(run.config.architecture) or self._rates.get("")
+        return None if not rates else run.cost * sum(rates) / len(rates)
+
+
+def parse_duration(text: str | None, option: str) -> float | None:
+    """Seconds from "90", "45s", "10m", "2h", "1d" or "hh:mm:ss". Raises PlanError naming the option."""
+    if text is None:
+        return None
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    try:
+        if ":" in text:
+            seconds = 0.0
+            for part in text.split(":"):
+                seconds = 60 * seconds + float(part)
+        elif text and text[-1] in units:
+            seconds = float(text[:-1]) * units[text[-1]]
+        else:
+            seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise PlanError(f"{option} {text!r}: must be a positive time such as 90, 45s, 10m, 2h or 1:30:00")
+    return seconds
+
+
+def resolve_devices(text: str) -> list[str]:
+    """Devices from "auto", "cpu", "cuda" (all of them), "cuda:0,cuda:2" or "mps". Raises PlanError."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text == "auto":
+        return [f"cuda:{index}" for index in range(count)] or ["cpu"]
+    if text == "cuda" and count:
+        return [f"cuda:{index}" for index in range(count)]
+    known = ["cpu", *(f"cuda:{index}" for index in range(count))]
+    if torch.backends.mps.is_available():
+        known.append("mps")
+    names = text.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown or len(set(names)) < len(names):
+        raise PlanError(f"--device {text}: this machine has {', '.join(['auto', *known])}")
+    return names
+
+
+def summary(runs: Sequence[PlannedRun]) -> dict[str, Any]:
+    """Counts for one line about a plan."""
+    return {
+        "runs": len(runs),
+        "points": len({run.point_id for run in runs}),
+        "architectures": len({run.config.architecture for run in runs}),
+    }

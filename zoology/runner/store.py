@@ -1,0 +1,175 @@
+"""The results directory: who writes what, so that a kill at any moment leaves nothing half-written.
+
+    DIR/<run id>/config.json     the run's config, written before it starts
+    DIR/<run id>/metrics.jsonl   one line per epoch
+    DIR/<run id>/result.json     written last and atomically: it exists if and only if the run finished
+    DIR/<run id>/error.txt       why a run failed
+    DIR/baselines/, DIR/logs/    scores of predictors that cannot recall, output of the workers
+
+One process, the driver, writes all of them but baselines and logs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from zoology.config import SCHEMA_VERSION, RunConfig
+
+RUN_ID = re.compile(r"[0-9a-f]{12}")
+REQUIRED = ("run_id", "point_id", "architecture", "config", "slices", "state", "parameters")
+
+
+class ResultsError(ValueError):
+    """A results directory that cannot be used; the message says why and what to do."""
+
+
+class Scan(NamedTuple):
+    """What a results directory holds, by run id."""
+
+    finished: dict[str, dict[str, Any]]  # the parsed result.json
+    failed: dict[str, str]  # first line of error.txt
+    broken: dict[str, str]  # why result.json cannot be used
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds all of it or what it held before, also when the disk fills up."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON as the standard has it: numbers that are not finite become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A checked result.json. Raises ResultsError for another schema version, ValueError for a broken file."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"not valid JSON, probably truncated ({error})") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error})") from None
+    if not isinstance(record, dict) or "schema_version" not in record:
+        raise ValueError("not a result of this program: it has no schema_version")
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise ResultsError(
+            f"{path} has schema version {record['schema_version']!r}, this program reads version {SCHEMA_VERSION}: "
+            "read it with the version that wrote it, or take another results directory"
+        )
+    missing = [key for key in REQUIRED if key not in record]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}")
+    if record["run_id"] != path.parent.name:
+        raise ValueError(f"is the result of run {record['run_id']!r}")
+    return record
+
+
+def scan(directory: Path | str) -> Scan:
+    """Read every run of a results directory.
+
+    Raises ResultsError for a directory that cannot be read or holds results of another schema version.
+    """
+    found = Scan({}, {}, {})
+    try:
+        entries = sorted(entry.name for entry in os.scandir(directory) if RUN_ID.fullmatch(entry.name))
+    except OSError as error:
+        raise ResultsError(f"results directory {directory}: {error.strerror or error}") from None
+    for run_id in entries:
+        folder = Path(directory, run_id)
+        try:
+            found.finished[run_id] = read_result(folder / "result.json")
+        except ResultsError:
+            raise
+        except ValueError as error:
+            if (folder / "result.json").exists():
+                found.broken[run_id] = str(error)
+            elif (error_text := _read_error(folder)) is not None:
+                found.failed[run_id] = error_text
+    return found
+
+
+def _read_error(folder: Path) -> str | None:
+    try:
+        return (folder / "error.txt").read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    except OSError:
+        return None
+
+
+def open_directory(directory: Path) -> FileLock:
+    """Create `directory` if need be, check that it can be written, and lock it against a second sweep.
+
+    The lock goes with the process that holds it, however that ends. Raises ResultsError.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe", suffix=".tmp") as probe:
+            probe.write(b"x")
+            probe.flush()
+        lock = FileLock(directory / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ResultsError(f"--out {directory}: another sweep is writing there; wait for it, or stop it") from None
+    except OSError as error:
+        raise ResultsError(f"--out {directory} cannot be written: {error.strerror or error}") from None
+    return lock
+
+
+class RunFolder:
+    """The files of one run, as the driver writes them."""
+
+    def __init__(self, directory: Path, run_id: str):
+        self.path = directory / run_id
+
+    def begin(self, config: RunConfig) -> None:
+        """Forget an earlier attempt and write config.json."""
+        self.path.mkdir(exist_ok=True)
+        for name in ("result.json", "error.txt", "metrics.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+        for left in self.path.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        write_atomically(self.path / "config.json", to_json(config.model_dump(mode="json"), indent=1) + "\n")
+
+    def add_epoch(self, epoch: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(to_json(epoch) + "\n")
+
+    def restart(self) -> None:
+        """Another attempt: its epochs count from the start."""
+        (self.path / "metrics.jsonl").unlink(missing_ok=True)
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write result.json, which makes the run finished."""
+        write_atomically(self.path / "result.json", to_json(record, indent=1) + "\n")
+
+    def fail(self, message: str, details: str = "") -> None:
+        """Write error.txt: the reason on the first line, then what is known beyond it."""
+        first = " ".join(message.split())
+        write_atomically(self.path / "error.txt", f"{first}\n\n{details}".rstrip() + "\n")
