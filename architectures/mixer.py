@@ -70,10 +70,14 @@ class SequenceMixer(nn.Module):
     - Memory that grows with the sequence is allocated at `max_seq_len` by `init_state`.
 
     Class attribute `backends` lists the implementations, fastest first; `reference` is always among them.
+
+    A mixer with `takes_prefix = True` can read the first tokens of a sequence non-causally: its `forward` and
+    `prefill` take `prefix_length`, a Python int (0: causal throughout), the same for all sequences of a batch.
     """
 
     backends: ClassVar[tuple[str, ...]] = ("reference",)
     keep_init: ClassVar[bool] = False  # True: a model shell leaves this mixer's initialisation as it is
+    takes_prefix: ClassVar[bool] = False  # True: `forward` and `prefill` have the argument `prefix_length`
 
     def __init__(self, d_model: int, *, backend: str = "auto"):
         super().__init__()
@@ -194,6 +198,16 @@ class SequenceMixer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         return self.resolve_backend(x.device, dtype, x.shape[1] if x.ndim == 3 else 1)
+
+
+def check_prefix_length(prefix_length: int, seq_len: int) -> None:
+    """Raise ValueError unless a prefix of that length fits a sequence, or a first part of one, of `seq_len` tokens."""
+    if isinstance(prefix_length, bool) or not isinstance(prefix_length, int) or prefix_length < 0:
+        raise ValueError(f"prefix_length={prefix_length!r}: must be a whole number >= 0")
+    if prefix_length > seq_len:
+        raise ValueError(
+            f"prefix_length={prefix_length}: there are {seq_len} tokens, and a prefix must come whole, in one call"
+        )
 
 
 def divide_heads(d_model: int, num_heads: int, *, name: str = "num_heads") -> int:

@@ -126,12 +126,24 @@ class DataConfig(Schema):
         return {split: list(hashes) for split, hashes in _dataset_hashes(self)}
 
 
+class MaskedPrefix(Schema):
+    """Masked-token loss on a task's prefix, beside the loss on its labels (JRT, arXiv:2407.05483).
+
+    In each training example `share` of the prefix's tokens, at least one, are replaced by `mask_token`; `weight` times
+    the mean cross-entropy of the tokens that stood there is added to the loss, whose labels see the masked prefix too.
+    """
+
+    weight: float = Field(0.25, gt=0)
+    share: float = Field(0.15, gt=0, lt=1)
+    mask_token: int = Field(0, ge=0)
+
+
 class TrainConfig(Schema):
     """AdamW with cosine decay to `min_lr` and no warm-up, as in the papers.
 
     `schedule` moves the learning rate once per epoch or once per step. Training stops early once mean
     validation accuracy exceeds `stop_accuracy`. The last epoch is the one scored (`select="last"`), or the one
-    best on validation (`select="best"`).
+    best on validation (`select="best"`). `masked_prefix` adds a loss on tasks that have a prefix.
     """
 
     lr: float = Field(gt=0)
@@ -143,6 +155,7 @@ class TrainConfig(Schema):
     stop_accuracy: float | None = Field(0.99, gt=0, le=1)
     select: Literal["last", "best"] = "last"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    masked_prefix: MaskedPrefix | None = None
 
 
 class RunConfig(Schema):
@@ -162,6 +175,14 @@ class RunConfig(Schema):
         longest = max(part.task.seq_len for part in (*self.data.train, *self.data.test))
         if 0 < self.model.max_positions < longest:
             raise ValueError(f"model.max_positions={self.model.max_positions}: must be 0 or at least {longest}")
+        if (masked := self.train.masked_prefix) is not None:
+            if masked.mask_token >= self.model.vocab_size:
+                raise ValueError(
+                    f"train.masked_prefix.mask_token={masked.mask_token}: must be below "
+                    f"model.vocab_size={self.model.vocab_size}"
+                )
+            if all(part.task.prefix_length == 0 for part in self.data.train):
+                raise ValueError("train.masked_prefix: no training task has a prefix to mask; must be None")
         return self
 
     @property

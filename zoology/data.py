@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zoology.config import DataConfig, Slice
+from zoology.config import DataConfig, MaskedPrefix, Slice
 from zoology.tasks import IGNORE_INDEX, Batch
 
 
@@ -53,6 +53,23 @@ def load_split(config: DataConfig, split: str) -> list[tuple[Slice, Labelled]]:
     """Generate every slice of "train", "validation" or "test"."""
     parts = getattr(config, split)
     return [(part, gather_labels(part.task.split(split, part.num_examples, config.seed))) for part in parts]
+
+
+def mask_prefix(batch: Labelled, prefix_length: int, masking: MaskedPrefix, generator: torch.Generator) -> Labelled:
+    """Hide a share of the first `prefix_length` tokens and ask for them: their places and tokens become further labels.
+
+    The number K of hidden tokens is the same in each row, round(share * prefix_length) and at least 1, so that shapes
+    do not depend on the draw (the published code flips a coin for each token). Returns masked tokens [N, T], positions
+    and targets [N, P + K], the last K columns being those of the hidden tokens. `generator` is one of the CPU.
+    """
+    count = max(1, round(masking.share * prefix_length))
+    draws = torch.rand(batch.tokens.shape[0], prefix_length, generator=generator)
+    hidden = draws.argsort(dim=1)[:, :count].to(batch.tokens.device)
+    return Labelled(
+        batch.tokens.scatter(1, hidden, masking.mask_token),
+        torch.cat([batch.positions, hidden], dim=1),
+        torch.cat([batch.targets, batch.tokens.gather(1, hidden)], dim=1),
+    )
 
 
 def epoch_batches(

@@ -49,7 +49,8 @@ def evaluate(
     """Score any model on a task, without training.
 
     Args:
-        model: maps tokens [B, T] int64 to logits [B, T, V], or to an object with such a `logits`.
+        model: maps tokens [B, T] int64 to logits [B, T, V], or to an object with such a `logits`. One with a true
+            attribute `takes_prefix` is also given `prefix_length=task.prefix_length`.
         alignment: "same" scores the logits at a label's own position (in MQAR the key being asked, so this also
             suits a causal language model, whose logits there are for the token that follows); "next" scores the
             logits one position earlier, for tasks whose labels sit on the answer tokens themselves.
@@ -68,8 +69,10 @@ def evaluate(
     if bool(((data.positions < shift) & (data.targets != IGNORE_INDEX)).any()):
         raise ValueError("alignment='next': a label at position 0 has no token before it")
 
+    prefix = {"prefix_length": task.prefix_length} if getattr(model, "takes_prefix", False) else {}
+
     def predict(batch: Labelled) -> Tensor:
-        output = model(batch.tokens)
+        output = model(batch.tokens, **prefix)
         logits = getattr(output, "logits", output)
         expected = (*batch.tokens.shape, task.vocab_size)
         if logits.ndim != 3 or logits.shape[:2] != expected[:2] or logits.shape[2] < expected[2]:

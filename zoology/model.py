@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import architectures
 from architectures import registry
-from architectures.mixer import SequenceMixer, State, count_bytes, count_elements, state_tensors
+from architectures.mixer import SequenceMixer, State, check_prefix_length, count_bytes, count_elements, state_tensors
 from zoology.config import ModelConfig
 
 
@@ -63,16 +63,19 @@ class Block(nn.Module):
             else nn.Identity()
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._mix_channels(x + self.dropout(self.mixer(self.norm(x))))
+    def forward(self, x: Tensor, prefix_length: int = 0) -> Tensor:
+        return self._mix_channels(x + self.dropout(self.mixer(self.norm(x), **self._prefix(prefix_length))))
 
-    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self.mixer.prefill(self.norm(x), state)
+    def prefill(self, x: Tensor, state: State, prefix_length: int = 0) -> tuple[Tensor, State]:
+        y, state = self.mixer.prefill(self.norm(x), state, **self._prefix(prefix_length))
         return self._mix_channels(x + y), state
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         y, state = self.mixer.step(self.norm(x), state)
         return self._mix_channels(x + y), state
+
+    def _prefix(self, length: int) -> dict[str, int]:
+        return {"prefix_length": length} if self.mixer.takes_prefix else {}
 
     def _mix_channels(self, x: Tensor) -> Tensor:
         return x if self.channel_norm is None else x + self.dropout(self.channel_mixer(self.channel_norm(x)))
@@ -83,6 +86,9 @@ class LanguageModel(nn.Module):
 
     `forward` gives logits everywhere; `hidden` and `head` apart let training and evaluation apply the head
     only where there is a label (`labelled_logits`). `init_state`, `prefill` and `step` decode like a mixer.
+
+    `prefix_length` says how many leading tokens are context (`Task.prefix_length`). Mixers that take a prefix read
+    them non-causally; the others, and so a model without such a mixer, are causal whatever it is.
     """
 
     def __init__(self, config: ModelConfig):
@@ -95,6 +101,11 @@ class LanguageModel(nn.Module):
         self.norm = (nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm)(config.d_model)
         initialise(self)
 
+    @property
+    def takes_prefix(self) -> bool:
+        """Whether any layer reads a prefix non-causally."""
+        return any(block.mixer.takes_prefix for block in self.blocks)
+
     def embed(self, tokens: Tensor, start: int | Tensor = 0) -> Tensor:
         """tokens [B, T] -> [B, T, D], the first token being at position `start`."""
         x = self.embedding(tokens)
@@ -102,24 +113,25 @@ class LanguageModel(nn.Module):
             x = x + self.positions(start + torch.arange(tokens.shape[1], device=tokens.device))
         return self.embed_dropout(x)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, prefix_length: int = 0) -> Tensor:
         """tokens [B, T] -> [B, T, D], normed: what the head reads."""
+        check_prefix_length(prefix_length, tokens.shape[1])
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, prefix_length)
         return self.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
         """[..., D] -> logits [..., V], with the weights of the embedding."""
         return F.linear(hidden, self.embedding.weight)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, prefix_length: int = 0) -> Tensor:
         """tokens [B, T] -> logits [B, T, V]."""
-        return self.head(self.hidden(tokens))
+        return self.head(self.hidden(tokens, prefix_length))
 
-    def labelled_logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def labelled_logits(self, tokens: Tensor, positions: Tensor, prefix_length: int = 0) -> Tensor:
         """tokens [B, T], positions [B, P] -> logits [B, P, V] at those positions only."""
-        hidden = self.hidden(tokens)
+        hidden = self.hidden(tokens, prefix_length)
         return self.head(hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1])))
 
     # -- decoding -------------------------------------------------------------------------------------------
@@ -133,11 +145,12 @@ class LanguageModel(nn.Module):
         )
         return Stack(layers, torch.zeros((), dtype=torch.int64, device=device or self.embedding.weight.device))
 
-    def prefill(self, tokens: Tensor, state: Stack) -> tuple[Tensor, Stack]:
-        """tokens [B, T], state -> logits [B, T, V], state after them."""
+    def prefill(self, tokens: Tensor, state: Stack, prefix_length: int = 0) -> tuple[Tensor, Stack]:
+        """tokens [B, T], state -> logits [B, T, V], state after them. A prefix comes whole, with the first tokens."""
+        check_prefix_length(prefix_length, tokens.shape[1])
         x, states = self.embed(tokens, state.position), []
         for block, layer_state in zip(self.blocks, state.layers):
-            x, layer_state = block.prefill(x, layer_state)
+            x, layer_state = block.prefill(x, layer_state, prefix_length)
             states.append(layer_state)
         return self.head(self.norm(x)), Stack(tuple(states), state.position + tokens.shape[1])
 
@@ -150,7 +163,9 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x)), Stack(tuple(states), state.position + 1)
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
+    def generate(
+        self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0, prefix_length: int = 0
+    ) -> Tensor:
         """Continue tokens [B, T] by `max_new_tokens`: greedily, or sampled at `temperature` > 0 -> [B, T + new]."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
@@ -158,7 +173,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"tokens have shape {list(tokens.shape)}: must be [batch, at least 1]")
         generator = torch.Generator(tokens.device).manual_seed(seed)
         state = self.init_state(tokens.shape[0], tokens.shape[1] + max_new_tokens, device=tokens.device)
-        logits, state = self.prefill(tokens, state)
+        logits, state = self.prefill(tokens, state, prefix_length)
         logits, made = logits[:, -1], []
         for index in range(max_new_tokens):
             if temperature > 0:

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoology.config import DataConfig, RunConfig, Slice, TrainConfig
-from zoology.data import Labelled, epoch_batches, load_split
+from zoology.data import Labelled, epoch_batches, load_split, mask_prefix
 from zoology.evaluate import Score, score
 from zoology.model import LanguageModel
 from zoology.tasks import IGNORE_INDEX
+
+_MASK_STREAM = 1 << 32  # added to a run's seed: masks are drawn apart from the order of the batches
 
 
 class TrainingDiverged(RuntimeError):
@@ -50,13 +53,24 @@ class Outcome(NamedTuple):
     backends: dict[str, list[str]]
 
 
-def labelled_loss(model: LanguageModel, batch: Labelled) -> Tensor:
+def labelled_loss(
+    model: LanguageModel, batch: Labelled, prefix_length: int = 0, *, num_masked: int = 0, masked_weight: float = 0.0
+) -> Tensor:
     """Mean cross-entropy over the labels of a batch; head and softmax run at labelled positions only.
 
-    Equal, gradients included, to the cross-entropy of `model(tokens)` against dense labels.
+    Equal, gradients included, to the cross-entropy of `model(tokens)` against dense labels. The last `num_masked`
+    columns of labels are those of `mask_prefix`: a mean of their own, which counts `masked_weight` times.
     """
-    logits = model.labelled_logits(batch.tokens, batch.positions)
-    return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE_INDEX)
+    logits = model.labelled_logits(batch.tokens, batch.positions, prefix_length)
+    asked = batch.targets.shape[1] - num_masked
+    loss = _cross_entropy(logits[:, :asked], batch.targets[:, :asked])
+    if num_masked:
+        loss = loss + masked_weight * _cross_entropy(logits[:, asked:], batch.targets[:, asked:])
+    return loss
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
@@ -95,17 +109,18 @@ def _train(
         torch.cuda.reset_peak_memory_stats(device)
     model = LanguageModel(config.model).to(device)
     splits = {
-        split: [(part.label, data.to(device)) for part, data in load(config.data, split)]
+        split: [(part, data.to(device)) for part, data in load(config.data, split)]
         for split in ("train", "validation", "test")
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
     order = torch.Generator().manual_seed(config.seed)
+    masks = torch.Generator().manual_seed(config.seed + _MASK_STREAM)
     epochs: list[Epoch] = []
     best: tuple[float, int, dict] | None = None
     stopped_early = False
     for number in range(1, config.train.epochs + 1):
         started = time.perf_counter()
-        loss, examples = _train_epoch(model, optimizer, splits["train"], config, number, order)
+        loss, examples = _train_epoch(model, optimizer, splits["train"], config, number, order, masks)
         seconds = time.perf_counter() - started
         scores = score_slices(model, splits["validation"], config.data.batch_size)
         accuracies = {label: result.accuracy for label, result in scores.items()}
@@ -142,10 +157,11 @@ def _train(
 def _train_epoch(
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
-    parts: list[tuple[str, Labelled]],
+    parts: list[tuple[Slice, Labelled]],
     config: RunConfig,
     number: int,
     order: torch.Generator,
+    masks: torch.Generator,
 ) -> tuple[float, int]:
     """One pass over the training slices: mean loss and the number of examples seen."""
     model.train()
@@ -157,7 +173,8 @@ def _train_epoch(
         done = number - 1 + (step / len(batches) if config.train.schedule == "step" else 0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.train, done / config.train.epochs)
-        loss = labelled_loss(model, parts[index][1].rows(rows.to(device)))
+        part, data = parts[index]
+        loss = _batch_loss(model, part, data.rows(rows.to(device)), config.train, masks)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if config.train.clip_norm is not None:
@@ -175,11 +192,27 @@ def _train_epoch(
     return float(losses.mean()), sum(sizes)
 
 
+def _batch_loss(
+    model: LanguageModel, part: Slice, batch: Labelled, config: TrainConfig, masks: torch.Generator
+) -> Tensor:
+    """The training loss of a batch of one slice."""
+    prefix_length, masking = part.task.prefix_length, config.masked_prefix
+    if masking is None or prefix_length == 0:
+        return labelled_loss(model, batch, prefix_length)
+    masked = mask_prefix(batch, prefix_length, masking, masks)
+    added = masked.positions.shape[1] - batch.positions.shape[1]
+    return labelled_loss(model, masked, prefix_length, num_masked=added, masked_weight=masking.weight)
+
+
 @torch.no_grad()
-def score_slices(model: LanguageModel, parts: list[tuple[str, Labelled]], batch_size: int) -> dict[str, Score]:
+def score_slices(model: LanguageModel, parts: list[tuple[Slice, Labelled]], batch_size: int) -> dict[str, Score]:
     """Accuracy on every slice, in evaluation mode."""
     model.eval()
+
+    def predict(batch: Labelled, prefix_length: int) -> Tensor:
+        return model.labelled_logits(batch.tokens, batch.positions, prefix_length).argmax(-1)
+
     return {
-        label: score(lambda b: model.labelled_logits(b.tokens, b.positions).argmax(-1), data, batch_size)
-        for label, data in parts
+        part.label: score(partial(predict, prefix_length=part.task.prefix_length), data, batch_size)
+        for part, data in parts
     }
