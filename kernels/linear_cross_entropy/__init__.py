@@ -1,0 +1,157 @@
+"""Mean cross-entropy of a linear head, loss and gradients at once, without all logits in memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from kernels.linear_cross_entropy.reference import (
+    linear_argmax_chunked,
+    linear_cross_entropy_chunked,
+    linear_cross_entropy_reference,
+)
+
+__all__ = ["linear_argmax", "linear_cross_entropy"]
+
+MAX_TRITON_WIDTH = 256
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ("auto", "reference", "chunked", "triton")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    weight_copy: Tensor | None = None,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean over the counted rows of logsumexp(W h) - (W h)[target], for logits W h in the dtype of `hidden`.
+
+    Args:
+        hidden: [N, D], floating.
+        weight: [V, D], floating; receives the gradient, summed in its own dtype, float32 at least.
+        targets: [N], integers of [0, V), or `ignore_index` for rows that do not count.
+        weight_copy: [V, D], the weight in the dtype of `hidden`, if there is one already: saves a cast.
+        backend: "reference" (all logits, plain PyTorch), "chunked" (a few rows of logits at a time), "triton"
+            (no logits in memory; 16-bit `hidden`, D <= 256), or "auto": triton, else chunked on a GPU, else reference.
+
+    Returns:
+        The loss, [] float32 (float64 for float64 inputs). NaN when no row counts. The gradient is computed with
+        the loss, so a loss that is differentiated must be differentiated once.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend that does not fit.
+
+    Source: the gradient dh = sum_v softmax(W h)_v W_v - W_target is softmax attention of h over the rows of W, so
+    it is accumulated online as in FlashAttention (arXiv:2205.14135); compare Cut Cross-Entropy (arXiv:2411.09009).
+    """
+    _check(hidden, weight, targets)
+    backend = choose_loss_backend(backend, hidden)
+    copy = weight.to(hidden.dtype) if weight_copy is None else weight_copy
+    if copy.shape != weight.shape or copy.dtype != hidden.dtype:
+        raise ValueError(
+            f"weight_copy is {copy.dtype} {tuple(copy.shape)}; allowed: {hidden.dtype} {tuple(weight.shape)}"
+        )
+    if backend == "reference":
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear_cross_entropy_reference(hidden, weight, targets, ignore_index=ignore_index)
+    loss, _, _ = torch.ops.zoology.linear_cross_entropy(
+        hidden, weight, copy.detach(), targets, ignore_index, backend == "triton"
+    )
+    return loss
+
+
+def linear_argmax(hidden: Tensor, weight: Tensor, *, chunk_size: int = 4096) -> Tensor:
+    """argmax_v (W h)_v [N] int64 of hidden [N, D] and weight [V, D] of one dtype, `chunk_size` rows of logits a time."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype} {tuple(hidden.shape)}, weight {weight.dtype} {tuple(weight.shape)}; "
+            "allowed: [N, D] and [V, D] of one dtype"
+        )
+    return linear_argmax_chunked(hidden, weight, chunk_size=chunk_size)
+
+
+def choose_loss_backend(backend: str, hidden: Tensor) -> str:
+    """The backend that runs: a named one or an error with the reason."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    refusal = triton_refusal(hidden)
+    if backend == "triton" and refusal:
+        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    if backend != "auto":
+        return backend
+    if hidden.device.type != "cuda":
+        return "reference"
+    return "chunked" if refusal else "triton"
+
+
+def triton_refusal(hidden: Tensor) -> str | None:
+    """Why the Triton kernels do not take this input, or None if they do."""
+    if not TRITON_INSTALLED:
+        return "Triton is not installed (pip install 'zoology[gpu]')"
+    if hidden.device.type != "cuda" and not TRITON_INTERPRETED:
+        return f"hidden is on {hidden.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
+    allowed = (torch.bfloat16, torch.float16) + ((torch.float32,) if TRITON_INTERPRETED else ())
+    if hidden.dtype not in allowed:
+        return f"hidden has dtype {hidden.dtype}; allowed: bfloat16, float16"
+    if hidden.shape[1] > MAX_TRITON_WIDTH:
+        return f"hidden has width {hidden.shape[1]}; allowed: up to {MAX_TRITON_WIDTH}"
+    return None
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if x.dim() != 2 or 0 in x.shape or not x.is_floating_point():
+            raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}; allowed: floating, two axes, none empty")
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden has width {hidden.shape[1]}; allowed: {weight.shape[1]}, that of weight")
+    if targets.shape != hidden.shape[:1] or targets.is_floating_point():
+        raise ValueError(f"targets are {targets.dtype} {tuple(targets.shape)}; allowed: integers [{hidden.shape[0]}]")
+    for name, x in (("weight", weight), ("targets", targets)):
+        if x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device}; allowed: {hidden.device}, the device of hidden")
+
+
+# -- the operator: one node in a graph, the loss with both gradients ------------------------------------------------
+
+
+@torch.library.custom_op(
+    "zoology::linear_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor copy, Tensor targets, int ignore_index, bool fused) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _operator(hidden, weight, copy, targets, ignore_index, fused):
+    with torch.autocast(hidden.device.type, enabled=False):
+        if fused:
+            from kernels.linear_cross_entropy.triton import linear_cross_entropy_triton
+
+            return linear_cross_entropy_triton(hidden, copy, targets, weight.dtype, ignore_index)
+        return linear_cross_entropy_chunked(hidden, copy, targets, weight.dtype, ignore_index=ignore_index)
+
+
+@_operator.register_fake
+def _(hidden, weight, copy, targets, ignore_index, fused):
+    acc = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty((), dtype=acc), torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 6
+    dhidden, dweight = ctx.saved_tensors
+    return dhidden * grad.to(dhidden.dtype), dweight * grad.to(dweight.dtype), None, None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_setup)

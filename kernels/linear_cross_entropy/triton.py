@@ -1,0 +1,236 @@
+"""Linear cross-entropy in Triton: logits live in registers only.
+
+`_row_kernel` walks over the vocabulary with a block of rows, keeping maximum, sum of exponentials and the sum of
+exponentials times W: softmax attention of h over the rows of W, cut along the vocabulary when there are few rows.
+`_combine_kernel` joins the cuts to loss and dh. `_weight_kernel` walks over the rows with a block of the
+vocabulary, computes the logits again and sums dW = (softmax - onehot)^T h. Four products where storing the logits
+takes three, but no logit ever crosses the memory bus. Exponentials are taken to base 2.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _row_kernel(
+    h,
+    w,
+    maxima,
+    sums,
+    products,
+    N,
+    V,
+    PART,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Of BM rows and one part of the vocabulary: max, sum of 2^(s - max) and sum of 2^(s - max) w; s in base 2."""
+    i_m, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, DP)
+    m_m = o_m < N
+    b_h = tl.load(h + o_m[:, None] * D + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, DP]
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_acc = tl.zeros([BM, DP], tl.float32)
+    for start in range(i_s * PART, tl.minimum((i_s + 1) * PART, V), BN):
+        o_n = start + tl.arange(0, BN)
+        m_w = (o_n[:, None] >= 0) & (o_d < D)[None, :] if EVEN else (o_n < V)[:, None] & (o_d < D)[None, :]
+        b_w = tl.load(w + o_n[:, None] * D + o_d[None, :], mask=m_w, other=0.0)  # [BN, DP]
+        b_s = tl.dot(b_h, tl.trans(b_w))  # [BM, BN]
+        if not EVEN:
+            b_s = tl.where((o_n < V)[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * LOG2E)
+        b_p = tl.exp2(b_s * LOG2E - b_new[:, None])
+        b_scale = tl.exp2(b_max - b_new)
+        b_sum = b_sum * b_scale + tl.sum(b_p, 1)
+        b_acc = tl.dot(b_p.to(b_w.dtype), b_w, b_acc * b_scale[:, None])
+        b_max = b_new
+    row = i_s * N + o_m
+    tl.store(maxima + row, b_max, mask=m_m)
+    tl.store(sums + row, b_sum, mask=m_m)
+    tl.store(products + row[:, None] * D + o_d[None, :], b_acc, mask=m_m[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def _combine_kernel(
+    h,
+    w,
+    targets,
+    maxima,
+    sums,
+    products,
+    share,
+    losses,
+    log_sums,
+    dh,
+    N,
+    IGNORE,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Loss [N], base-2 logsumexp [N] (inf for rows that do not count) and dh [N, D] from the parts."""
+    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, DP)
+    m_m = o_m < N
+    m_md = m_m[:, None] & (o_d < D)[None, :]
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    for i_s in tl.static_range(PARTS):
+        b_max = tl.maximum(b_max, tl.load(maxima + i_s * N + o_m, mask=m_m, other=0.0))
+    b_sum = tl.zeros([BM], tl.float32)
+    b_acc = tl.zeros([BM, DP], tl.float32)
+    for i_s in tl.static_range(PARTS):
+        b_scale = tl.exp2(tl.load(maxima + i_s * N + o_m, mask=m_m, other=0.0) - b_max)
+        b_sum += tl.load(sums + i_s * N + o_m, mask=m_m, other=1.0) * b_scale
+        b_acc += (
+            tl.load(products + (i_s * N + o_m)[:, None] * D + o_d[None, :], mask=m_md, other=0.0) * b_scale[:, None]
+        )
+    b_t = tl.load(targets + o_m, mask=m_m, other=IGNORE)
+    counted = b_t != IGNORE
+    b_t = tl.where(counted, b_t, 0)
+    b_h = tl.load(h + o_m[:, None] * D + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)
+    b_w = tl.load(w + b_t[:, None] * D + o_d[None, :], mask=m_md, other=0.0).to(tl.float32)
+    b_log = b_max + tl.log2(b_sum)
+    tl.store(losses + o_m, tl.where(counted, b_log / LOG2E - tl.sum(b_h * b_w, 1), 0.0), mask=m_m)
+    tl.store(log_sums + o_m, tl.where(counted, b_log, float("inf")), mask=m_m)
+    b_share = tl.where(counted, tl.load(share), 0.0)
+    b_dh = (b_acc / b_sum[:, None] - b_w) * b_share[:, None]
+    tl.store(dh + o_m[:, None] * D + o_d[None, :], b_dh.to(dh.dtype.element_ty), mask=m_md)
+
+
+@triton.jit
+def _weight_kernel(
+    h,
+    w,
+    targets,
+    log_sums,
+    share,
+    dw,
+    N,
+    V,
+    PART,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """dW of BM symbols from one part of the rows: sum_n (2^(s - logsumexp) - onehot) h, times the rows' share."""
+    i_m, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_d = tl.arange(0, DP)
+    m_md = (o_m < V)[:, None] & (o_d < D)[None, :]
+    b_w = tl.load(w + o_m[:, None] * D + o_d[None, :], mask=m_md, other=0.0)  # [BM, DP]
+    b_acc = tl.zeros([BM, DP], tl.float32)
+    for start in range(i_s * PART, tl.minimum((i_s + 1) * PART, N), BN):
+        o_n = start + tl.arange(0, BN)
+        m_n = o_n < N
+        b_h = tl.load(h + o_n[:, None] * D + o_d[None, :], mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
+        b_log = tl.load(log_sums + o_n, mask=m_n, other=float("inf"))
+        b_t = tl.load(targets + o_n, mask=m_n, other=-1)
+        b_s = tl.dot(b_w, tl.trans(b_h))  # [BM, BN]
+        b_p = tl.exp2(b_s * LOG2E - b_log[None, :]) - (o_m[:, None] == b_t[None, :]).to(tl.float32)
+        b_acc = tl.dot(b_p.to(b_h.dtype), b_h, b_acc)
+    b_acc *= tl.load(share)
+    tl.store(dw + (i_s * V + o_m)[:, None] * D + o_d[None, :], b_acc.to(dw.dtype.element_ty), mask=m_md)
+
+
+class Launch(NamedTuple):
+    """Block sizes and launch options: BM rows (or symbols) stay, BN symbols (or rows) pass by."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_launches(width: int, rows: int) -> tuple[Launch, Launch]:
+    """For `_row_kernel` and `_weight_kernel` at D = `width` (padded) and N = `rows`."""
+    if width > 128:
+        return Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)
+    if rows <= 4096:
+        return Launch(64, 128, 4, 3), Launch(64, 128, 4, 3)
+    return Launch(128, 128, 8, 3), Launch(128, 128, 8, 3)
+
+
+@functools.lru_cache
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def cut(length: int, block: int, programs: int, device: torch.device, most: int) -> tuple[int, int]:
+    """How many parts, and how long each is, so that the programs fill the device: multiples of `block`."""
+    blocks = triton.cdiv(length, block)
+    parts = max(1, min(most, blocks, round(num_multiprocessors(device) / programs)))
+    per_part = triton.cdiv(blocks, parts)
+    return triton.cdiv(blocks, per_part), per_part * block
+
+
+def linear_cross_entropy_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weight_dtype: torch.dtype,
+    ignore_index: int,
+    launches: tuple[Launch, Launch] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, dhidden in the dtype of `hidden`, dweight in `weight_dtype`; `weight` in the dtype of `hidden`."""
+    hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
+    (n, d), v, device = hidden.shape, weight.shape[0], hidden.device
+    dp = max(16, triton.next_power_of_2(d))
+    by_row, by_symbol = launches or choose_launches(dp, n)
+    share = (targets != ignore_index).sum().to(torch.float32).reciprocal()
+
+    parts, length = cut(v, by_row.BN, triton.cdiv(n, by_row.BM), device, most=16)
+    maxima, sums = (torch.empty(parts, n, device=device) for _ in range(2))
+    products = torch.empty(parts, n, d, device=device)
+    options = {"num_warps": by_row.num_warps, "num_stages": by_row.num_stages}
+    grid = (triton.cdiv(n, by_row.BM), parts)
+    even = v % by_row.BN == 0
+    _row_kernel[grid](
+        hidden, weight, maxima, sums, products, n, v, length, d, dp, by_row.BM, by_row.BN, even, **options
+    )
+    losses, log_sums = (torch.empty(n, device=device) for _ in range(2))
+    dhidden = torch.empty_like(hidden)
+    block = max(1, 4096 // dp)
+    _combine_kernel[(triton.cdiv(n, block),)](
+        hidden,
+        weight,
+        targets,
+        maxima,
+        sums,
+        products,
+        share,
+        losses,
+        log_sums,
+        dhidden,
+        n,
+        ignore_index,
+        d,
+        dp,
+        block,
+        parts,
+        num_warps=4,
+    )
+    parts, length = cut(n, by_symbol.BN, triton.cdiv(v, by_symbol.BM), device, most=4)
+    dweight = torch.empty(parts, v, d, device=device, dtype=weight_dtype if parts == 1 else torch.float32)
+    options = {"num_warps": by_symbol.num_warps, "num_stages": by_symbol.num_stages}
+    grid = (triton.cdiv(v, by_symbol.BM), parts)
+    _weight_kernel[grid](
+        hidden, weight, targets, log_sums, share, dweight, n, v, length, d, dp, by_symbol.BM, by_symbol.BN, **options
+    )
+    dweight = dweight[0] if parts == 1 else dweight.sum(0).to(weight_dtype)
+    return losses.sum() * share, dhidden, dweight

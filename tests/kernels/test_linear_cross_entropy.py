@@ -1,0 +1,155 @@
+"""Linear cross-entropy: every backend has the loss and gradients of plain PyTorch, whatever the shape."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kernels.linear_cross_entropy import linear_argmax, linear_cross_entropy
+from kernels.linear_cross_entropy.reference import linear_cross_entropy_chunked
+
+# N, D, V: blocks of 64 and 128 that fit, that do not, and one row.
+SHAPES = [(1, 16, 33), (70, 24, 150), (129, 48, 300), (64, 64, 256)]
+
+
+def example(n, d, v, dtype=torch.float64, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = (torch.randn(n, d, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    weight = (torch.randn(v, d, generator=generator, dtype=torch.float64)).to(dtype)
+    targets = torch.randint(v, (n,), generator=generator)
+    targets[1::3] = -100
+    return hidden, weight, targets
+
+
+def gradients(loss, *inputs):
+    return (loss, *torch.autograd.grad(loss * 3, inputs))
+
+
+def expected(hidden, weight, targets):
+    """The textbook computation in float64."""
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    return gradients(F.cross_entropy(h @ w.T, targets), h, w)
+
+
+def error(actual, wanted):
+    """Relative distance."""
+    actual, wanted = actual.detach().double(), wanted.detach()
+    return float((actual - wanted).norm() / wanted.norm().clamp_min(1e-300))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_loss_and_gradients_are_plain_cross_entropy(backend, shape):
+    hidden, weight, targets = example(*shape)
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    actual = gradients(linear_cross_entropy(h, w, targets, backend=backend), h, w)
+    for one, other in zip(actual, expected(hidden, weight, targets)):
+        assert one.dtype == torch.float64
+        assert error(one, other) < 1e-12
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64, 1000])
+def test_chunks_do_not_matter(chunk_size):
+    hidden, weight, targets = example(70, 24, 150)
+    loss, dh, dw = linear_cross_entropy_chunked(
+        hidden, weight, targets, torch.float64, ignore_index=-100, chunk_size=chunk_size
+    )
+    for one, other in zip((loss, dh * 3, dw * 3), expected(hidden, weight, targets)):
+        assert error(one, other) < 1e-12
+
+
+def test_a_row_that_does_not_count_changes_nothing():
+    hidden, weight, targets = example(12, 8, 20)
+    counted = targets != -100
+    both = linear_cross_entropy(hidden, weight, targets, backend="chunked")
+    alone = linear_cross_entropy(hidden[counted], weight, targets[counted], backend="chunked")
+    assert torch.allclose(both, alone, rtol=1e-14)
+
+
+def test_sixteen_bit_logits_with_a_float32_gradient_for_the_master_weight():
+    hidden, weight, targets = example(128, 32, 200, torch.float32, scale=0.3)
+    h, w = hidden.bfloat16().requires_grad_(), weight.clone().requires_grad_()
+    loss = linear_cross_entropy(h, w, targets, weight_copy=weight.bfloat16(), backend="chunked")
+    loss, dh, dw = gradients(loss, h, w)
+    assert (loss.dtype, dh.dtype, dw.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    wanted = expected(hidden.bfloat16(), weight.bfloat16(), targets)
+    for one, other in zip((loss, dh, dw), wanted):
+        assert error(one, other) < 1e-2
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight, targets = example(16, 16, 40, torch.float32, scale=200.0)
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    actual = gradients(linear_cross_entropy(h, w, targets, backend="chunked"), h, w)
+    textbook = gradients(F.cross_entropy(h @ w.T, targets), h, w)
+    for one, plain, other in zip(actual, textbook, expected(hidden, weight, targets)):
+        assert error(one, other) < 2 * error(plain, other) + 1e-6
+
+
+def test_argmax_is_argmax():
+    hidden, weight, _ = example(50, 8, 30)
+    assert torch.equal(linear_argmax(hidden, weight, chunk_size=7), (hidden @ weight.T).argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(4, 3)}, "hidden has width 3; allowed: 8"),
+        ({"targets": torch.zeros(5, dtype=torch.long)}, r"targets are torch.int64 \(5,\); allowed: integers \[4\]"),
+        ({"backend": "cuda"}, "backend is 'cuda'; allowed: auto, reference, chunked, triton"),
+        ({"weight_copy": torch.zeros(9, 8).bfloat16()}, "weight_copy is torch.bfloat16"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    values = {"hidden": torch.zeros(4, 8), "weight": torch.zeros(9, 8), "targets": torch.zeros(4, dtype=torch.long)}
+    values |= change
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(values.pop("hidden"), values.pop("weight"), values.pop("targets"), **values)
+
+
+INTERPRETED = """
+import sys
+import torch
+sys.path.insert(0, {folder!r})
+import test_linear_cross_entropy as t
+from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.linear_cross_entropy import triton as impl
+for shape in t.SHAPES:
+    hidden, weight, targets = t.example(*shape, torch.float32)
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    actual = t.gradients(linear_cross_entropy(h, w, targets, backend="triton"), h, w)
+    for one, other in zip(actual, t.expected(hidden, weight, targets)):
+        assert t.error(one, other) < 1e-5, (shape, t.error(one, other))
+# Vocabulary and rows cut in parts.
+impl.num_multiprocessors = lambda device: 16
+hidden, weight, targets = t.example(70, 16, 300, torch.float32)
+loss, dh, dw = impl.linear_cross_entropy_triton(
+    hidden, weight, targets, torch.float32, -100, (impl.Launch(32, 32, 4, 2), impl.Launch(64, 32, 4, 2))
+)
+for one, other in zip((loss, dh * 3, dw * 3), t.expected(hidden, weight, targets)):
+    assert t.error(one, other) < 1e-5
+print("same")
+"""
+
+
+@pytest.mark.skipif(not pytest.importorskip("triton"), reason="needs Triton")
+def test_triton_kernels_interpreted():
+    """In a process of their own: the interpreter is chosen when the kernels are defined."""
+    code = INTERPRETED.format(folder=os.path.dirname(__file__))
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "same", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*SHAPES, (1024, 128, 8192), (5000, 128, 8192), (300, 256, 1000)])
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_on_the_device(backend, shape):
+    hidden, weight, targets = (x.cuda() for x in example(*shape, torch.float32, scale=0.1))
+    h, w = hidden.bfloat16().requires_grad_(), weight.requires_grad_()
+    actual = gradients(linear_cross_entropy(h, w, targets, backend=backend), h, w)
+    for one, other in zip(actual, expected(hidden.bfloat16(), weight.bfloat16(), targets)):
+        assert error(one, other) < 1e-2
