@@ -125,8 +125,10 @@ def test_batch_invariance(name):
 
 
 def test_every_parameter_gets_a_finite_gradient(name):
+    """A mixer that takes a prefix gets one: parameters that only a prefix reads have no gradient without."""
     mixer, x = build(name), inputs().requires_grad_()
-    (mixer(x) * inputs(seed=3)).sum().backward()
+    prefix = {"prefix_length": LENGTH // 2} if mixer.takes_prefix else {}
+    (mixer(x, **prefix) * inputs(seed=3)).sum().backward()
     assert torch.isfinite(x.grad).all()
     assert x.grad.abs().max() > 0
     missing = [n for n, p in mixer.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
