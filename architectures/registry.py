@@ -48,9 +48,7 @@ def register(name: str, *, paper: str) -> Callable[[type[SequenceMixer]], type[S
 
     def decorate(cls: type[SequenceMixer]) -> type[SequenceMixer]:
         if not (inspect.isclass(cls) and issubclass(cls, SequenceMixer)):
-            raise TypeError(
-                f"@register({name!r}) decorates {cls!r}, which is not a subclass of SequenceMixer"
-            )
+            raise TypeError(f"@register({name!r}) decorates {cls!r}, which is not a subclass of SequenceMixer")
         where = f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
         taken = _entries.get(name)
         if taken is not None and taken.where != where:
@@ -70,6 +68,11 @@ def names() -> list[str]:
     return sorted({*_builtin_names(), *_entry_points(), *_entries})
 
 
+def added_names() -> list[str]:
+    """The names that are no built-ins, sorted: entry points of installed packages and files loaded by hand."""
+    return sorted({*_entry_points(), *_entries} - _builtin_names())
+
+
 def get(name: str) -> Entry:
     """The registered entry; raises ValueError with the closest names if there is none."""
     if name not in _entries:
@@ -80,9 +83,7 @@ def get(name: str) -> Entry:
         else:
             raise ValueError(f"unknown architecture {name!r}: {_closest(name, names())}")
         if name not in _entries:
-            raise ValueError(
-                f"the module of architecture {name!r} was imported but does not @register({name!r})"
-            )
+            raise ValueError(f"the module of architecture {name!r} was imported but does not @register({name!r})")
     return _entries[name]
 
 
@@ -128,9 +129,7 @@ def options(name: str) -> dict[str, Option]:
         if key == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         annotation = hints.get(key, Any)
-        type_name = (
-            annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-        )
+        type_name = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
         default = ... if parameter.default is parameter.empty else parameter.default
         found[key] = Option(annotation, type_name, default)
     return found
@@ -171,14 +170,10 @@ def load_file(path: str | Path) -> list[str]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(
-            f"architectures file {str(path)!r} failed: {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"architectures file {str(path)!r} failed: {type(error).__name__}: {error}") from error
     added = sorted(name for name, entry in _entries.items() if entry.cls.__module__ == module_name)
     if not added:
-        raise ValueError(
-            f"architectures file {str(path)!r} registers nothing: decorate a class with @register(name)"
-        )
+        raise ValueError(f"architectures file {str(path)!r} registers nothing: decorate a class with @register(name)")
     return sorted({*added, *(set(_entries) - before)})
 
 
