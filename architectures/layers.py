@@ -70,6 +70,14 @@ class ShortConvolution(nn.Module):
         return F.silu(y) if self.activation == "silu" else y
 
 
+def token_shift(x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """The input one token earlier, x [B, T, D] or [B, D] and last [B, D] -> as x, and the new last in its own dtype."""
+    earlier = last.to(x.dtype)
+    if x.ndim == 2:
+        return earlier, x.to(last.dtype)
+    return torch.cat([earlier.unsqueeze(1), x[:, :-1]], dim=1), x[:, -1].to(last.dtype)
+
+
 def rotary(x: Tensor, positions: Tensor, *, fraction: float = 1.0, base: float = 10000.0) -> Tensor:
     """Rotary position embedding (arXiv:2104.09864) on the first `fraction` of the head width.
 
