@@ -28,8 +28,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, backend: str
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:
         scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-        weights = torch.softmax(scores.masked_fill(~mask, float("-inf")).float().to(scores.dtype), dim=-1)
-        o = weights @ v
+        exact = torch.promote_types(scores.dtype, torch.float32)
+        weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1, dtype=exact)
+        o = weights.to(v.dtype) @ v
     return o.transpose(1, 2)
 
 

@@ -89,6 +89,9 @@ class SequenceMixer(nn.Module):
         self.d_model = d_model
         self.backend = backend
         self._resolved: dict[tuple, str] = {}
+        self._refused: dict[str, str] = {}
+        self._beside: list[str] = []
+        self._forced: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Parallel form: x [B, T, D] -> [B, T, D]. By default `prefill` from an empty state."""
@@ -177,23 +180,49 @@ class SequenceMixer(nn.Module):
         return None
 
     def resolve_backend(self, device: torch.device | str, dtype: torch.dtype, seq_len: int) -> str:
-        """The backend that runs x [B, seq_len, D] of `dtype` on `device`.
+        """The backend that runs x [B, seq_len, D] of `dtype` on `device`; `seq_len` 1 also stands for `step`.
 
-        A named backend is returned or refused with the reason (`BackendError`); `auto` takes the first of
-        `backends` that is installed, supports the case, and has not failed its parity check.
+        A named backend is returned, or refused with the reason (`BackendError`); `auto` takes the first of `backends`
+        that is installed, supports the case, and passed its parity check. The answer is kept: asked for before,
+        that is a look-up, which torch.compile can trace and a CUDA graph capture.
         """
         device = torch.device(device)
         key = (device.type, dtype, seq_len)
         if key not in self._resolved:
-            self._resolved[key] = backends.resolve(self, device, dtype, seq_len)
+            # A parity check is no part of a graph. (As a decorator, `disable` would import the compiler here and now.)
+            resolve = torch.compiler.disable(self._resolve) if torch.compiler.is_compiling() else self._resolve
+            resolve(key, device)
         return self._resolved[key]
+
+    def _resolve(self, key: tuple, device: torch.device) -> None:
+        self._resolved[key], refused = backends.resolve(self, device, *key[1:])
+        self._refused.update(refused)
 
     def backends_used(self) -> list[str]:
         """The backends that ran since construction, in order of first use; `reference` where there is no choice."""
-        return list(dict.fromkeys(self._resolved.values())) or ["reference"]
+        return list(dict.fromkeys([*self._resolved.values(), *self._beside])) or ["reference"]
+
+    def backends_refused(self) -> dict[str, str]:
+        """Why `auto` passed over backends that come before the ones it used."""
+        return dict(self._refused)
+
+    def ran_beside(self, backend: str) -> str:
+        """Record, and return, a backend that does what the resolved one has no kernel for."""
+        if backend not in self._beside:
+            self._beside.append(backend)
+        return backend
+
+    def force_backend(self, backend: str) -> None:
+        """Run `backend` from now on and ask nothing: for parity checks, of a copy that is thrown away."""
+        for module in self.modules():
+            if isinstance(module, SequenceMixer):
+                module.backend = backend if backend in module.backends else "reference"
+                module._resolved, module._forced = {}, module.backend
 
     def backend_for(self, x: Tensor) -> str:
         """`resolve_backend` for the tensor at hand, in the dtype autocast would compute with."""
+        if self._forced is not None:
+            return self._forced
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

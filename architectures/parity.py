@@ -1,0 +1,230 @@
+"""Parity of a backend with the reference: outputs and all gradients of a small random case, against float64.
+
+What a backend may be off by is not written down anywhere: it is a small factor times what the reference itself is off by
+when it runs in the same precision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from architectures.mixer import SequenceMixer
+
+logger = logging.getLogger("architectures")
+
+FACTOR = 4.0
+"""A backend's error may be this many times the reference's own error in that precision, or rounding of one entry."""
+BATCH, LENGTH, DECODED = 2, 160, 4
+"""Size of the case: at most LENGTH tokens (two and a half chunks of 64); of a decode case, DECODED are single steps."""
+PERTURBATION = 0.1
+"""Every parameter is moved by this much, so that none that starts at zero hides a path through the mixer."""
+
+
+class Errors(NamedTuple):
+    """Root-mean-square errors of one run, relative to the float64 run: of the output and of every gradient."""
+
+    output: float
+    gradients: dict[str, float]
+
+
+class Parity(NamedTuple):
+    """What a check found. `output` and `gradient` are relative errors, beside what was allowed for each."""
+
+    output: float
+    output_allowed: float
+    gradient: float
+    gradient_allowed: float
+    gradient_name: str  # the tensor whose error is the largest share of what it may be ("x" is the input)
+    crash: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether both errors are finite and within what is allowed."""
+        within = self.output <= self.output_allowed and self.gradient <= self.gradient_allowed
+        return not self.crash and within
+
+    def __str__(self) -> str:
+        if self.crash:
+            return self.crash
+        return (
+            f"output error {self.output:.1e} (allowed {self.output_allowed:.1e}), gradient error of "
+            f"{self.gradient_name} {self.gradient:.1e} (allowed {self.gradient_allowed:.1e})"
+        )
+
+
+_results: dict[tuple, Parity] = {}
+
+
+def check(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch.dtype, seq_len: int) -> Parity:
+    """Compare `backend` with the float64 reference on a random case of this mixer's shapes, once per process.
+
+    `seq_len` 1 stands for decoding: prefill, then single steps, without gradients. The case has its own parameters,
+    those of `mixer` moved at random, and its own random numbers: neither the mixer nor a global generator changes.
+    A backend that raises has failed. Results are kept by architecture, backend, shapes and options, dtype and device.
+    """
+    key = _key(mixer, backend, device, dtype, seq_len)
+    if key not in _results:
+        with torch.inference_mode(False), torch.enable_grad():
+            _results[key] = _compare(mixer, backend, device, dtype, seq_len)
+        logger.info("parity of %s %s on %s, %s: %s", type(mixer).__name__, backend, device, dtype, _results[key])
+    return _results[key]
+
+
+def known(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch.dtype, seq_len: int) -> Parity | None:
+    """The result of `check` if there is one already; nothing is run."""
+    return _results.get(_key(mixer, backend, device, dtype, seq_len))
+
+
+def errors(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch.dtype, seq_len: int) -> Errors:
+    """Errors of `backend` on the case of `check`, not compared with anything and not kept."""
+    with torch.inference_mode(False), torch.enable_grad():
+        case = _Case(mixer, device, dtype, seq_len)
+        return case.errors(backend, dtype, case.run("reference", torch.float64))
+
+
+def _compare(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch.dtype, seq_len: int) -> Parity:
+    case = _Case(mixer, device, dtype, seq_len)
+    exact = case.run("reference", torch.float64)
+    reference = case.own_errors(exact)
+    try:
+        found = case.errors(backend, dtype, exact)
+    except Exception as error:  # a kernel that does not compile or refuses the shape is what the check is for
+        nan = float("nan")
+        return Parity(nan, nan, nan, nan, "", f"{type(error).__name__}: {str(error).strip()[:500] or 'no message'}")
+    rounding = torch.finfo(dtype).eps
+
+    def allowed(error: float) -> float:
+        return FACTOR * max(error, rounding)
+
+    budgets = {name: allowed(max(error, reference.output)) for name, error in reference.gradients.items()}
+    # "not within" instead of a ratio: NaN must come out on top.
+    worst = max(budgets, key=lambda name: _share(found.gradients[name], budgets[name]), default="")
+    return Parity(
+        found.output,
+        allowed(reference.output),
+        found.gradients.get(worst, 0.0),
+        budgets.get(worst, 0.0),
+        worst,
+    )
+
+
+def _share(error: float, allowed: float) -> float:
+    return error / allowed if error == error else float("inf")
+
+
+class _Case:
+    """A mixer's twin with random parameters, an input, and a random direction to differentiate along."""
+
+    def __init__(self, mixer: SequenceMixer, device: torch.device, dtype: torch.dtype, seq_len: int):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(shape) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        self.mixer = copy.deepcopy(mixer).train().to(device)
+        self.device, self.dtype, self.decode = device, dtype, seq_len == 1
+        # 16-bit inputs to float32 parameters are autocast: that is how such a mixer is trained.
+        self.kept = next((p.dtype for p in self.mixer.parameters() if p.is_floating_point()), dtype)
+        self.autocast = dtype in (torch.bfloat16, torch.float16) and self.kept == torch.float32
+        with torch.no_grad():
+            for parameter in self.mixer.parameters():
+                parameter.grad = None
+                parameter.requires_grad_(not self.decode)
+                parameter.add_((PERTURBATION * draw(parameter.shape)).to(parameter))
+        length = min(LENGTH, 16 if self.decode else seq_len)
+        shape = (BATCH, length, mixer.d_model)
+        # Rounded once, so that every precision starts from the same numbers.
+        self.x = draw(shape).to(self.kept if self.autocast else dtype).to(device)
+        self.direction = draw(shape).to(device)
+
+    def run(self, backend: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        """Output and gradients in float64, computed by `backend` in `dtype`."""
+        twin = copy.deepcopy(self.mixer)
+        twin.force_backend(backend)
+        autocast = self.autocast and dtype == self.dtype
+        keep = self.kept if autocast else dtype
+        twin.to(keep)
+        x = self.x.detach().to(keep).requires_grad_(not self.decode)
+        context = torch.autocast(self.device.type, dtype) if autocast else contextlib.nullcontext()
+        with context:
+            y = self._decode(twin, x) if self.decode else twin(x)
+        if self.decode:
+            return y.double(), {}
+        (y.double() * self.direction).sum().backward()
+        gradients = {"x": x.grad.double()}
+        for name, parameter in twin.named_parameters():
+            gradients[name] = (
+                torch.zeros_like(parameter.double()) if parameter.grad is None else parameter.grad.double()
+            )
+        return y.detach().double(), gradients
+
+    @torch.no_grad()
+    def _decode(self, twin: SequenceMixer, x: Tensor) -> Tensor:
+        state = twin.init_state(BATCH, x.shape[1], device=x.device)
+        prefilled, state = twin.prefill(x[:, :-DECODED], state)
+        outputs = [prefilled]
+        for token in x[:, -DECODED:].unbind(1):
+            y, state = twin.step(token, state)
+            outputs.append(y.unsqueeze(1))
+        return torch.cat(outputs, 1)
+
+    def errors(self, backend: str, dtype: torch.dtype, exact: tuple[Tensor, dict[str, Tensor]]) -> Errors:
+        output, gradients = self.run(backend, dtype)
+        exact_output, exact_gradients = exact
+        # Some gradients are zero but for rounding (that of a key bias under softmax): no error is relative to those.
+        typical = _rms(torch.cat([g.flatten() for g in exact_gradients.values()])) if exact_gradients else 0.0
+        return Errors(
+            _rms(output - exact_output) / max(_rms(exact_output), 1e-30),
+            {
+                name: _rms(gradients[name] - g) / max(_rms(g), 1e-3 * typical, 1e-30)
+                for name, g in exact_gradients.items()
+            },
+        )
+
+    def own_errors(self, exact: tuple[Tensor, dict[str, Tensor]]) -> Errors:
+        """What the reference is off by in the precision of the case."""
+        if self.dtype != torch.float64:
+            return self.errors("reference", self.dtype, exact)
+        # Nothing here is more exact than float64: its error is that of float32, shorter by the mantissas' difference.
+        shrink = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        output, gradients = self.errors("reference", torch.float32, exact)
+        return Errors(output * shrink, {name: error * shrink for name, error in gradients.items()})
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def _key(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch.dtype, seq_len: int) -> tuple:
+    cls = type(mixer)
+    options = tuple(_options(mixer))
+    parameters = tuple((name, tuple(p.shape), p.dtype) for name, p in mixer.named_parameters())
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    precision = torch.get_float32_matmul_precision()
+    return (
+        cls.__module__,
+        cls.__qualname__,
+        backend,
+        options,
+        parameters,
+        kind,
+        dtype,
+        precision,
+        min(seq_len, LENGTH),
+    )
+
+
+def _options(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """Plain values that a mixer and its parts hold: heads, windows, flags."""
+    for name, part in module.named_modules():
+        for key, value in vars(part).items():
+            if isinstance(value, (int, float, str, type(None))) and key not in ("training", "backend"):
+                yield f"{name}.{key}", value
