@@ -12,6 +12,7 @@ from kernels.linear_cross_entropy.reference import (
     linear_argmax_chunked,
     linear_cross_entropy_chunked,
     linear_cross_entropy_reference,
+    softmax_gradient,
 )
 
 __all__ = ["linear_argmax", "linear_cross_entropy"]
@@ -68,7 +69,7 @@ def linear_cross_entropy(
 
 
 def linear_argmax(hidden: Tensor, weight: Tensor, *, chunk_size: int = 4096) -> Tensor:
-    """argmax_v (W h)_v [N] int64 of hidden [N, D] and weight [V, D] of one dtype, `chunk_size` rows of logits a time."""
+    """argmax_v (W h)_v [N], int64, of hidden [N, D] and weight [V, D] of one dtype; `chunk_size` rows at a time."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden is {hidden.dtype} {tuple(hidden.shape)}, weight {weight.dtype} {tuple(weight.shape)}; "
@@ -133,7 +134,12 @@ def _operator(hidden, weight, copy, targets, ignore_index, fused):
             from kernels.linear_cross_entropy.triton import linear_cross_entropy_triton
 
             return linear_cross_entropy_triton(hidden, copy, targets, weight.dtype, ignore_index)
-        return linear_cross_entropy_chunked(hidden, copy, targets, weight.dtype, ignore_index=ignore_index)
+        gradient = softmax_gradient
+        if TRITON_INSTALLED and (hidden.device.type == "cuda" or TRITON_INTERPRETED) and hidden.dtype != torch.float64:
+            from kernels.linear_cross_entropy.triton import softmax_gradient_triton as gradient
+        return linear_cross_entropy_chunked(
+            hidden, copy, targets, weight.dtype, ignore_index=ignore_index, gradient=gradient
+        )
 
 
 @_operator.register_fake

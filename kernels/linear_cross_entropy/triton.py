@@ -148,6 +148,45 @@ def _weight_kernel(
     tl.store(dw + (i_s * V + o_m)[:, None] * D + o_d[None, :], b_acc.to(dw.dtype.element_ty), mask=m_md)
 
 
+@triton.jit
+def _softmax_gradient_kernel(logits, targets, share, losses, V, IGNORE, BV: tl.constexpr):
+    """One row in place: logits [V] become (softmax - onehot) * share; its loss."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_v = tl.arange(0, BV)
+    row = logits + i_n * V
+    b_max = tl.full([BV], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BV], tl.float32)
+    for start in range(0, V, BV):
+        b_s = tl.load(row + start + o_v, mask=start + o_v < V, other=float("-inf")).to(tl.float32) * LOG2E
+        b_new = tl.maximum(b_max, b_s)
+        b_sum = b_sum * tl.exp2(b_max - tl.maximum(b_new, -1e38)) + tl.exp2(b_s - tl.maximum(b_new, -1e38))
+        b_max = b_new
+    b_top = tl.max(b_max, 0)
+    b_total = tl.sum(b_sum * tl.exp2(b_max - b_top), 0)
+    b_t = tl.load(targets + i_n)
+    counted = b_t != IGNORE
+    b_picked = tl.load(row + tl.where(counted, b_t, 0)).to(tl.float32) * LOG2E
+    tl.store(losses + i_n, tl.where(counted, (tl.log2(b_total) + (b_top - b_picked)) / LOG2E, 0.0))
+    b_share = tl.where(counted, tl.load(share), 0.0)
+    tl.debug_barrier()  # the picked logit is read before any thread overwrites it
+    for start in range(0, V, BV):
+        o = start + o_v
+        b_s = tl.load(row + o, mask=o < V, other=float("-inf")).to(tl.float32) * LOG2E
+        b_p = (tl.exp2(b_s - b_top) / b_total - (o == b_t).to(tl.float32)) * b_share
+        tl.store(row + o, b_p.to(logits.dtype.element_ty), mask=o < V)
+
+
+def softmax_gradient_triton(logits: Tensor, targets: Tensor, share: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """`reference.softmax_gradient` in place, one pass over the logits."""
+    n, v = logits.shape
+    losses = torch.empty(n, device=logits.device)
+    block = min(8192, triton.next_power_of_2(v))
+    _softmax_gradient_kernel[(n,)](
+        logits, targets, share, losses, v, ignore_index, block, num_warps=max(1, min(16, block // 512))
+    )
+    return losses, logits
+
+
 class Launch(NamedTuple):
     """Block sizes and launch options: BM rows (or symbols) stay, BN symbols (or rows) pass by."""
 

@@ -120,9 +120,10 @@ from kernels.linear_cross_entropy import triton as impl
 for shape in t.SHAPES:
     hidden, weight, targets = t.example(*shape, torch.float32)
     h, w = hidden.requires_grad_(), weight.requires_grad_()
-    actual = t.gradients(linear_cross_entropy(h, w, targets, backend="triton"), h, w)
-    for one, other in zip(actual, t.expected(hidden, weight, targets)):
-        assert t.error(one, other) < 1e-5, (shape, t.error(one, other))
+    for backend in ("triton", "chunked"):
+        actual = t.gradients(linear_cross_entropy(h, w, targets, backend=backend), h, w)
+        for one, other in zip(actual, t.expected(hidden, weight, targets)):
+            assert t.error(one, other) < 1e-5, (shape, backend, t.error(one, other))
 # Vocabulary and rows cut in parts.
 impl.num_multiprocessors = lambda device: 16
 hidden, weight, targets = t.example(70, 16, 300, torch.float32)
