@@ -69,8 +69,6 @@ class RetNet(SequenceMixer):
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.g_proj):
             nn.init.xavier_uniform_(layer.weight, gain=2**-2.5)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
-        log_gamma = torch.log1p(-(2.0 ** (-5 - torch.arange(self.num_heads, dtype=torch.float64))))
-        self.register_buffer("log_gamma", log_gamma.to(torch.get_default_dtype()), persistent=False)
 
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> RetNetState:
         like = self.like_parameters(device, dtype)
@@ -101,9 +99,13 @@ class RetNet(SequenceMixer):
         o = merge_heads(F.rms_norm(o, o.shape[-1:], eps=self.norm_eps)) * F.silu(self.g_proj(x))
         return self.out_proj(o), RetNetState(kv, state.position + x.shape[1])
 
+    def log_decay(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """log gamma [H]. Not a buffer: one cast to 16 bits with the model would lose what tells the heads apart."""
+        return torch.log1p(-torch.exp2(-5 - torch.arange(self.num_heads, device=device, dtype=dtype)))
+
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
         """q k [B, T, H, K], v [B, T, H, V], kv [B, H, K, V] -> o [B, T, H, V], kv."""
-        g = self.log_gamma.expand(q.shape[:-1])
+        g = self.log_decay(q.device, torch.promote_types(q.dtype, torch.float32)).expand(q.shape[:-1])
         if q.shape[1] == 1:
             o, kv = linear_recurrence_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], kv)
             return o.unsqueeze(1), kv

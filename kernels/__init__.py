@@ -8,8 +8,11 @@ otherwise let whichever was imported last win.
 from kernels.delta_rule import delta_rule, delta_rule_step, dplr_delta_rule, dplr_delta_rule_step
 from kernels.fft_conv import fft_conv, fft_conv_step
 from kernels.linear_cross_entropy import linear_argmax, linear_cross_entropy
+from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from kernels.prefix_linear_attention import prefix_linear_attention
+from kernels.selective_scan import selective_scan, selective_scan_step
 from kernels.taylor_linear_attention import taylor_linear_attention, taylor_linear_attention_step
+from kernels.wkv import wkv, wkv_step
 
 __all__ = [
     "delta_rule",
@@ -20,7 +23,13 @@ __all__ = [
     "fft_conv_step",
     "linear_argmax",
     "linear_cross_entropy",
+    "linear_recurrence",
+    "linear_recurrence_step",
     "prefix_linear_attention",
+    "selective_scan",
+    "selective_scan_step",
     "taylor_linear_attention",
     "taylor_linear_attention_step",
+    "wkv",
+    "wkv_step",
 ]
