@@ -98,7 +98,8 @@ class DeltaMixer(SequenceMixer):
         if self.allow_neg_eigval:
             beta = 2 * beta
         o, kv = self._mix(unit_length(q), unit_length(k), v, beta, self._decay(x), state.kv)
-        o, gate = self.norm(o), self._gate(x)
+        # Under autocast o is narrower than the norm's weight.
+        o, gate = self.norm(o.to(self.norm.weight.dtype)), self._gate(x)
         return self.out_proj(merge_heads(o if gate is None else o * gate)), self.State(kv, tail)
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> DeltaState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from architectures.attention import Attention, AttentionState
 from architectures.registry import register
@@ -79,8 +80,10 @@ class InputDependentSparseAttention(Attention):
         self.select = nn.Linear(d_model, 1, bias=False)
 
     def _score(self, x: Tensor) -> Tensor:
-        """f(x), [..., 1]."""
-        return self.select(x).sigmoid()
+        """f(x), [..., 1], in single precision at least: rounding must not flip a selection between two ways to run."""
+        acc = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(acc), self.select.weight.to(acc)).sigmoid()
 
     def selected(self, x: Tensor) -> Tensor:
         """Which tokens of x [..., D] look something up, bool [...]."""
@@ -90,7 +93,7 @@ class InputDependentSparseAttention(Attention):
         """Keep the attention output y of the selected tokens of x, [B, T, D]."""
         score = self._score(x)
         gate = score - torch.where(score > self.threshold, 0.0, score).detach()
-        y = y * gate
+        y = y * gate.to(y.dtype)
         if self.training and self.selection_penalty and torch.is_grad_enabled():
             length = x.shape[1]
             budget = (length**0.5 if self.num_lookups is None else self.num_lookups) / length

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from architectures.layers import merge_heads, split_heads
+from architectures.layers import merge_heads, split_heads, token_shift
 from architectures.mixer import SequenceMixer, default_num_heads, divide_heads
 from architectures.registry import register
 from kernels.delta_rule import dplr_delta_rule, dplr_delta_rule_step
@@ -133,8 +133,10 @@ class RWKV7(SequenceMixer):
             return dplr_delta_rule_step(r, k, v, a, b, g, state, scale=1.0)
         return dplr_delta_rule(r, k, v, a, b, g, scale=1.0, initial_state=state, output_final_state=True)
 
-    def _run(self, x: Tensor, shifted: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """x and the input one token earlier, [B, T, D] or [B, D], and the state -> y, state."""
+    def _run(self, x: Tensor, state: RWKV7State) -> tuple[Tensor, RWKV7State]:
+        """x [B, T, D] or [B, D]."""
+        self.check_state(x, state)
+        shifted, last = token_shift(x, state.shift)
         mixed = {name: torch.lerp(x, shifted, mu.to(x.dtype)) for name, mu in self.mix.items()}
         g = -math.exp(-0.5) * self.decay(mixed["w"]).sigmoid()
         rate = self.rate(mixed["a"]).sigmoid()
@@ -142,11 +144,11 @@ class RWKV7(SequenceMixer):
         removal = F.normalize(split_heads(k * self.k_k, self.num_heads), dim=-1)
         k = k * (1 + (rate - 1) * self.k_a)
         r, k, v, rate, g = (split_heads(part, self.num_heads) for part in (r, k, v, rate, g))
-        o, kv = self._mix(r, k, v, -removal, removal * rate, g, kv)
+        o, kv = self._mix(r, k, v, -removal, removal * rate, g, state.kv)
         o = merge_heads(F.layer_norm(o, (self.head_dim,), eps=1e-5 * self.head_dim))
         o = o * self.norm_weight + self.norm_bias
         o = o + merge_heads((r * k * self.r_k).sum(-1, keepdim=True) * v)
-        return self.out_proj(o * self.gate(mixed["g"])), kv
+        return self.out_proj(o * self.gate(mixed["g"])), RWKV7State(kv, last)
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> RWKV7State:
         like = self.like_parameters(device, dtype)
@@ -157,12 +159,7 @@ class RWKV7(SequenceMixer):
         return self.prefill(x, self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype))[0]
 
     def prefill(self, x: Tensor, state: RWKV7State) -> tuple[Tensor, RWKV7State]:
-        self.check_state(x, state)
-        shifted = torch.cat([state.shift.to(x.dtype).unsqueeze(1), x[:, :-1]], dim=1)
-        y, kv = self._run(x, shifted, state.kv)
-        return y, RWKV7State(kv, x[:, -1].to(state.shift.dtype))
+        return self._run(x, state)
 
     def step(self, x: Tensor, state: RWKV7State) -> tuple[Tensor, RWKV7State]:
-        self.check_state(x, state)
-        y, kv = self._run(x, state.shift.to(x.dtype), state.kv)
-        return y, RWKV7State(kv, x.to(state.shift.dtype))
+        return self._run(x, state)
