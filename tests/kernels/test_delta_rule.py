@@ -99,12 +99,13 @@ def test_gradients_are_those_of_the_recurrence(kind):
     assert max(errors) < 1e-11
 
 
+@pytest.mark.parametrize("strongest", [-400.0, -float("inf")])
 @pytest.mark.parametrize("kind", ["gated_deltanet", "kda", "rwkv7"])
-def test_strong_decay_is_safe_in_float32(kind):
-    """Weak and total decay in turn, where the sums of g inside a chunk reach -5000."""
+def test_strong_decay_is_safe_in_float32(kind, strongest):
+    """Weak and total decay in turn, where the sums of g inside a chunk reach -5000, or a reset."""
     i = make(64, dtype=torch.float32)
     i["g"] = (
-        torch.where(torch.arange(64)[:, None, None] % 5 == 2, -400.0, -0.01).expand_as(i["g"]).clone().requires_grad_()
+        torch.where(torch.arange(64)[:, None, None] % 5 == 2, strongest, -0.01).expand_as(i["g"]).clone().requires_grad_()
     )
     exact = {name: tensor.detach().double() for name, tensor in i.items()}
     o, state = run_public(kind, i, initial_state=i["state"], output_final_state=True)
