@@ -109,8 +109,8 @@ def added(vocab_size: int, *widths: int) -> dict[str, list[ModelConfig]]:
 
 
 def base_conv() -> LayerConfig:
-    """The short convolution of the protocol."""
-    return layer("base_conv", kernel_size=3)
+    """The short convolution of the protocol, kernel 3."""
+    return layer("base_conv")
 
 
 def model(vocab_size: int, d_model: int, *layers: LayerConfig) -> ModelConfig:

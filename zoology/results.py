@@ -130,7 +130,7 @@ def select(frame: pd.DataFrame) -> pd.DataFrame:
     means = means.assign(slice=MEAN, seq_len=means["state_seq_len"], slice_state_bytes=means["state_bytes"])
     rates = runs.groupby("point_id")["lr"].agg(["min", "max", "nunique"])
     rows = []
-    for (point, name), group in pd.concat([means, kept]).groupby(["point_id", "slice"], sort=False):
+    for (point, _), group in pd.concat([means, kept]).groupby(["point_id", "slice"], sort=False):
         first, grid, rate = group.iloc[0], rates.loc[point], chosen[point]
         rows.append(
             {

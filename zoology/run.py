@@ -196,8 +196,8 @@ def overview(runs, todo, left_failed, setups, directory) -> str:
     workers = ", ".join(f"{count} on {device}" for device, count in where.items())
     kept = f", {len(left_failed)} failed before (--rerun failed tries them again)" if left_failed else ""
     return (
-        f"{counts['runs']} runs of {counts['points']} models of {counts['architectures']} architectures: {len(todo)} to do"
-        f"{kept}; {workers} at once; results in {directory}"
+        f"{counts['runs']} runs of {counts['points']} models of {counts['architectures']} architectures: "
+        f"{len(todo)} to do{kept}; {workers} at once; results in {directory}"
     )
 
 

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,10 +111,9 @@ class _Worker:
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
         if not self.alive:
             self._spawn()
-        try:
+        # If it died just now, `events` will see that.
+        with suppress(OSError):
             self.connection.send((run_id, config_json))
-        except OSError:
-            pass  # it died just now: `events` will see that
 
     def _spawn(self) -> None:
         self.kill()

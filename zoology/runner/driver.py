@@ -6,6 +6,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -153,7 +154,7 @@ def run_sweep(
 
 
 class Signals:
-    """Turns Ctrl-C and SIGTERM into a reason to stop, so that no file is left half-way; a second one is not waited for."""
+    """Turns Ctrl-C and SIGTERM into a reason to stop, so that no file is left half-way; the second ends at once."""
 
     def __init__(self):
         self.reason: Exit | None = None
@@ -216,10 +217,9 @@ class _Sweep:
             self.view.started(active.run, event.worker)
         elif isinstance(event, EpochDone):
             active.epoch = event.epoch
-            try:
+            # On a full disk it is the result that decides whether the run is kept.
+            with suppress(OSError):
                 active.folder.add_epoch(event.epoch)
-            except OSError:
-                pass  # a full disk: the result says whether the run is kept
             self.view.epoch(active.run, event.epoch)
         elif event.record is not None:
             self._finish(active, event)
@@ -248,10 +248,9 @@ class _Sweep:
     def _fail(self, run_id: str, message: str, details: str) -> None:
         active = self.progress.active[run_id]
         self.failures[run_id] = message
-        try:
+        # Where it cannot be written, the list of failures at the end still has it.
+        with suppress(OSError):
             active.folder.fail(message, details)
-        except OSError:
-            pass  # the list of failures at the end has it
         self.progress.failed += 1
         self._leave(active, None, message)
 

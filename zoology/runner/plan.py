@@ -68,25 +68,19 @@ def load_sweep(path: Path | str, scale: str) -> list[RunConfig]:
     sweep = getattr(load_module(path), "sweep", None)
     if not callable(sweep):
         raise PlanError(f"experiment file {path} defines no function sweep(scale) -> list[RunConfig]")
+    call = f"experiment file {path}: sweep({scale!r})"
     try:
         runs = sweep(scale)
     except Exception as error:
-        raise PlanError(
-            f"experiment file {path}: sweep({scale!r}) failed {_where(error, Path(path).resolve())}"
-        ) from error
-    if isinstance(runs, RunConfig) or not isinstance(runs, Iterable):
-        raise PlanError(
-            f"experiment file {path}: sweep({scale!r}) returned {type(runs).__name__}, not a list of RunConfig"
-        )
-    runs = list(runs)
+        raise PlanError(f"{call} failed {_where(error, Path(path).resolve())}") from error
+    if not isinstance(runs, (list, tuple)):
+        raise PlanError(f"{call} returned {type(runs).__name__}, not a list of RunConfig")
     for index, run in enumerate(runs):
         if not isinstance(run, RunConfig):
-            raise PlanError(
-                f"experiment file {path}: sweep({scale!r})[{index}] is of type {type(run).__name__}, not RunConfig"
-            )
+            raise PlanError(f"{call}[{index}] is of type {type(run).__name__}, not RunConfig")
     if not runs:
-        raise PlanError(f"experiment file {path}: sweep({scale!r}) is empty")
-    return runs
+        raise PlanError(f"{call} returned an empty list: there is nothing to run")
+    return list(runs)
 
 
 def _where(error: Exception, path: Path) -> str:

@@ -75,8 +75,15 @@ class LiveView(PlainView):
     def begin(self, progress: Progress) -> None:
         super().begin(progress)
         self.since = time.monotonic()
-        self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
+        # Drawn from `tick` alone: a refresh thread would read the sweep's state while it changes.
+        self.live = Live(console=self.console, auto_refresh=False, transient=True)
         self.live.start()
+        self._drawn = 0.0
+
+    def tick(self) -> None:
+        if time.monotonic() - self._drawn > 0.25:
+            self.live.update(self._render(), refresh=True)
+            self._drawn = time.monotonic()
 
     def end(self) -> None:
         self.live.stop()
@@ -91,17 +98,9 @@ class LiveView(PlainView):
             Text(f"{duration(time.monotonic() - self.since)} so far, {duration(progress.seconds_left())} left"),
         )
         rows = Table(box=None, pad_edge=False)
-        for title, justify in (
-            ("worker", "right"),
-            ("run", "left"),
-            ("epoch", "right"),
-            ("val", "right"),
-            ("", "right"),
-        ):
-            rows.add_column(title, justify=justify, style="dim" if title == "worker" else None)
-        for active in sorted(
-            tuple(progress.active.values()), key=lambda active: (active.worker is None, active.worker)
-        ):
+        for title in ("worker", "run", "epoch", "validation", ""):
+            rows.add_column(title, justify="left" if title == "run" else "right")
+        for active in sorted(progress.active.values(), key=lambda active: (active.worker is None, active.worker)):
             epoch = active.epoch or {"epoch": 0}
             accuracy = epoch.get("validation_accuracy")
             rows.add_row(

@@ -244,7 +244,11 @@ def serve(connection, setup: Setup, log: str) -> None:
         except EOFError:
             return
         connection.send(("started", run_id))
-        result, failure = attempt(setup, config_json, lambda epoch: connection.send(("epoch", run_id, epoch)))
+
+        def on_epoch(epoch: dict[str, Any], run_id: str = run_id) -> None:
+            connection.send(("epoch", run_id, epoch))
+
+        result, failure = attempt(setup, config_json, on_epoch)
         connection.send(("done", run_id, result, failure))
 
 
