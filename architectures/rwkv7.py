@@ -62,6 +62,8 @@ class RWKV7(SequenceMixer):
     against the equations of the official code written out token by token.
     """
 
+    keep_init = True  # decay and learning rate start as biases of linear layers
+
     def __init__(
         self,
         d_model: int,

@@ -73,6 +73,7 @@ def test_official_initialisation(layer_idx, n_layers):
     assert torch.allclose(mixer.k_proj.weight @ mixer.k_proj.weight.T, 0.01 * identity, atol=1e-6)
     assert mixer.out_proj.weight.abs().max() == 0
     assert mixer.decay.up.weight.shape == (8, 32)
+    assert mixer.keep_init
     gain = 0.1 * math.sqrt(32 / 8)
     assert torch.allclose(mixer.decay.up.weight @ mixer.decay.up.weight.T, gain**2 * identity, atol=1e-6)
 
