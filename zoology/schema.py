@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,6 +17,9 @@ class Schema(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
 
+    field_noun: ClassVar[str] = "field"
+    """What messages call a field."""
+
     def __init__(self, **values):
         try:
             super().__init__(**values)
@@ -23,15 +27,15 @@ class Schema(BaseModel):
             raise ValueError(explain(type(self), error)) from None
 
 
-def explain(cls: type[BaseModel], error: ValidationError) -> str:
+def explain(cls: type[Schema], error: ValidationError) -> str:
     """One clause per wrong field: its name, its value and what is allowed."""
     clauses = []
     for problem in error.errors():
         field = ".".join(map(str, problem["loc"]))
         value = problem["input"]
         if problem["type"] == "extra_forbidden":
-            fields = ", ".join(cls.model_fields)
-            clauses.append(f"unknown field {field}={value!r}{closest(field, cls.model_fields)}; fields are {fields}")
+            near, known = closest(field, cls.model_fields), ", ".join(cls.model_fields)
+            clauses.append(f"unknown {cls.field_noun} {field}={value!r}{near}; {cls.field_noun}s are {known}")
         elif problem["type"] == "value_error":
             clauses.append(str(problem["ctx"]["error"]))
         elif problem["type"] == "missing":

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from zoology import config
 from zoology.config import (
     DataConfig,
     ModelConfig,
@@ -50,7 +51,9 @@ def test_learning_rate_and_seed_are_runs_of_one_point(make_run):
 def test_a_new_task_version_is_a_new_run(make_run, monkeypatch):
     before = make_run().run_id
     monkeypatch.setattr(MQAR, "version", MQAR.version + 1)
+    config._dataset_hashes.cache_clear()  # within a process a version never changes
     assert make_run().run_id != before
+    config._dataset_hashes.cache_clear()
 
 
 def test_learning_rates_are_the_papers():

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..schema import Schema
 from .samplers import Stream, stream_key
 
 IGNORE_INDEX = -100
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor
 
 
-class Task(BaseModel):
+class Task(Schema):
     """A recall task: a frozen, checked config and the examples it stands for.
 
     A task of your own is one class: declare its options as fields (`vocab_size` and `seq_len` as fields or
@@ -40,7 +40,7 @@ class Task(BaseModel):
     Raises ValueError for an unknown option or one out of range, naming option, value and what is allowed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    field_noun: ClassVar[str] = "option"
 
     name: ClassVar[str] = ""
     """Set by `register`."""
@@ -50,12 +50,6 @@ class Task(BaseModel):
     """Where the task comes from: a paper and section, or an address."""
     example: ClassVar[dict] = {}
     """Options of a config small enough to print."""
-
-    def __init__(self, **options):
-        try:
-            super().__init__(**options)
-        except ValidationError as error:
-            raise ValueError(_explain(type(self), error)) from None
 
     @property
     def prefix_length(self) -> int:
@@ -174,25 +168,3 @@ def whole_number(name: str, value: Any, at_least: int) -> int:
     if number is None or isinstance(value, bool) or number < at_least:
         raise ValueError(f"{name}={value!r}: must be a whole number >= {at_least}")
     return number
-
-
-def _explain(cls: type[Task], error: ValidationError) -> str:
-    """One line per wrong option: its name, its value and what is allowed."""
-    from .registry import closest
-
-    lines = []
-    for problem in error.errors():
-        option = ".".join(map(str, problem["loc"]))
-        value = problem["input"]
-        if problem["type"] == "extra_forbidden":
-            lines.append(
-                f"unknown option {option}={value!r}{closest(option, cls.model_fields)}; "
-                f"options are {', '.join(cls.model_fields)}"
-            )
-        elif problem["type"] == "value_error":
-            lines.append(str(problem["ctx"]["error"]))
-        elif problem["type"] == "missing":
-            lines.append(f"{option} is missing")
-        else:
-            lines.append(f"{option}={value!r}: {problem['msg'].replace('Input should', 'must')}")
-    return f"{cls.name or cls.__name__}: " + "; ".join(lines)

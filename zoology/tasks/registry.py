@@ -1,16 +1,16 @@
 """Tasks by name, so that a config written as JSON can say which one it means."""
 
-import difflib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 
+from ..schema import closest
 from .base import IGNORE_INDEX, Task
 
 _TASKS: dict[str, type[Task]] = {}
@@ -139,12 +139,6 @@ def format_example(task: Task, seed: int = 0, limit: int = 48) -> str:
     inputs, labels = (row[0].tolist() for row in task.sample(1, seed))
     tokens = [str(x) if y == IGNORE_INDEX else f"{x}>{y}" for x, y in zip(inputs[:limit], labels[:limit])]
     return " ".join(tokens) + (" ..." if len(inputs) > limit else "")
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """ " (closest: a, b)" for an error message, or nothing when no known name is near."""
-    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
-    return f" (closest: {', '.join(near)})" if near else ""
 
 
 def _place(cls: type) -> str:
