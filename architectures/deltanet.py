@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from architectures import fla
 from architectures.layers import ShortConvolution, merge_heads, split_heads
 from architectures.mixer import SequenceMixer, default_num_heads, divide_heads
 from architectures.registry import register
@@ -29,7 +30,9 @@ class DeltaMixer(SequenceMixer):
     has a state type of its own, so that the state of one is refused by another.
     """
 
+    backends = ("fla", "reference")
     State: ClassVar[type[DeltaState]]
+    fla_operation: ClassVar[str]  # what `architectures.fla` calls the subclass's delta rule
 
     def __init__(
         self,
@@ -97,10 +100,14 @@ class DeltaMixer(SequenceMixer):
         beta = self.beta_proj(x).sigmoid()
         if self.allow_neg_eigval:
             beta = 2 * beta
-        o, kv = self._mix(unit_length(q), unit_length(k), v, beta, self._decay(x), state.kv)
+        mix = fla.delta_rule if self.backend_for(x) == "fla" else self._mix
+        o, kv = mix(unit_length(q), unit_length(k), v, beta, self._decay(x), state.kv)
         # Under autocast o is narrower than the norm's weight.
         o, gate = self.norm(o.to(self.norm.weight.dtype)), self._gate(x)
         return self.out_proj(merge_heads(o if gate is None else o * gate)), self.State(kv, tail)
+
+    def unsupported(self, backend, **case):
+        return fla.refusal(backend, self.fla_operation, self.head_dim, self.head_v_dim, **case)
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> DeltaState:
         like = self.like_parameters(device, dtype)
@@ -143,6 +150,7 @@ class DeltaNet(DeltaMixer):
     """
 
     State = DeltaNetState
+    fla_operation = "delta_rule"
 
     def __init__(
         self,

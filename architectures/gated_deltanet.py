@@ -31,6 +31,7 @@ class GatedDeltaNet(DeltaMixer):
     """
 
     State = GatedDeltaNetState
+    fla_operation = "gated_delta_rule"
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from architectures import fla
 from architectures.layers import ShortConvolution, merge_heads, split_heads
 from architectures.mixer import SequenceMixer, default_num_heads
 from architectures.registry import register
@@ -46,7 +47,7 @@ class GatedLinearAttention(SequenceMixer):
     Raises ValueError where expand_k or expand_v times d_model is no integer, or num_heads does not divide both.
     """
 
-    backends = ("reference",)
+    backends = ("fla", "reference")
 
     def __init__(
         self,
@@ -92,6 +93,9 @@ class GatedLinearAttention(SequenceMixer):
         self.norm_eps = norm_eps
         self.out_proj = nn.Linear(value_dim, d_model, bias=False)
 
+    def unsupported(self, backend, **case):
+        return fla.refusal(backend, "gla", self.head_k_dim, self.head_v_dim, **case)
+
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> GLAState | GLAConvState:
         like = self.like_parameters(device, dtype)
         kv = torch.zeros(batch_size, self.num_heads, self.head_k_dim, self.head_v_dim, **like)
@@ -111,7 +115,8 @@ class GatedLinearAttention(SequenceMixer):
     def _run(self, x: Tensor, state: GLAState | GLAConvState) -> tuple[Tensor, GLAState | GLAConvState]:
         """x [B, T, D] or, one token, [B, D]."""
         (q, k, v, g), *conv = self._project(x, *state[1:])
-        o, kv = self._mix(q * self.head_k_dim**-0.5, k, v, g, state.kv)
+        mix = fla.linear_recurrence if self.backend_for(x) == "fla" else self._mix
+        o, kv = mix(q * self.head_k_dim**-0.5, k, v, g, state.kv)
         o = F.rms_norm(o, o.shape[-1:], self.norm_weight.to(o.dtype), self.norm_eps)
         o = merge_heads(o) * F.silu(self.g_proj(x))
         return self.out_proj(o), type(state)(kv, *conv)

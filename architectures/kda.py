@@ -30,6 +30,7 @@ class KimiDeltaAttention(DeltaMixer):
     """
 
     State = KimiDeltaAttentionState
+    fla_operation = "kda"
 
     def __init__(
         self,

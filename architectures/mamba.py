@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from architectures import backends, mamba_ssm
 from architectures.layers import ShortConvolution, step_size_bias
 from architectures.mixer import SequenceMixer
 from architectures.registry import register
@@ -39,7 +40,7 @@ class Mamba(SequenceMixer):
     at expand = 2; it leaves out the (d_conv - 1) E elements of `conv`, and counts a whole Mamba block as nothing.
     """
 
-    backends = ("reference",)
+    backends = ("mamba-ssm", "reference")
 
     def __init__(
         self,
@@ -68,13 +69,17 @@ class Mamba(SequenceMixer):
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
+    def unsupported(self, backend, **case):
+        return mamba_ssm.refusal(backend, self.conv, self.d_state, chunked=False, **case)
+
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> MambaState:
         like = self.like_parameters(device, dtype)
         ssm = torch.zeros(batch_size, self.d_inner, self.d_state, **like)
         return MambaState(ssm, self.conv.init_tail(batch_size, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype))[0]
+        empty = self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype)
+        return self._run(x, empty, alone=True)[0]
 
     def prefill(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         self.check_state(x, state)
@@ -84,12 +89,23 @@ class Mamba(SequenceMixer):
         self.check_state(x, state)
         return self._run(x, state)
 
-    def _run(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """u [B, T, D] or, one token, [B, D]."""
+    def _run(self, u: Tensor, state: MambaState, *, alone: bool = False) -> tuple[Tensor, MambaState]:
+        """u [B, T, D] or, one token, [B, D]; `alone`: the state is empty, and the one after is not wanted."""
+        backend = self.backend_for(u)
         x, z = self.in_proj(u).chunk(2, dim=-1)
-        x, tail = (self.conv.step if u.ndim == 2 else self.conv.prefill)(x, state.conv)
+        if backend == "mamba-ssm" and not alone and backends.wants_grad(x, *state):
+            backend = self.ran_beside("reference")  # mamba-ssm knows no gradient through a state
+        if backend == "mamba-ssm":
+            x, tail = mamba_ssm.short_convolution(self.conv, x, state.conv)
+        else:
+            x, tail = (self.conv.step if u.ndim == 2 else self.conv.prefill)(x, state.conv)
         dt, b, c = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y, ssm = self._mix(x, self.dt_proj(dt), b, c, state.ssm)
+        if backend == "mamba-ssm":
+            decay, ssm = -self.A_log.float().exp(), None if alone else state.ssm
+            scan = mamba_ssm.selective_scan_step if u.ndim == 2 else mamba_ssm.selective_scan
+            y, ssm = scan(x, self.dt_proj(dt), decay, b, c, ssm)
+        else:
+            y, ssm = self._mix(x, self.dt_proj(dt), b, c, state.ssm)
         return self.out_proj((y + self.D.to(x.dtype) * x) * F.silu(z)), MambaState(ssm, tail)
 
     def _mix(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor]:

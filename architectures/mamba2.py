@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from architectures import mamba_ssm
 from architectures.layers import ShortConvolution, merge_heads, split_heads, step_size_bias
 from architectures.mixer import SequenceMixer, default_num_heads
 from architectures.registry import register
@@ -40,7 +41,7 @@ class Mamba2(SequenceMixer):
     Raises ValueError where `head_dim` does not divide expand * d_model, or `num_groups` the number of heads.
     """
 
-    backends = ("reference",)
+    backends = ("mamba-ssm", "reference")
 
     def __init__(
         self,
@@ -78,6 +79,9 @@ class Mamba2(SequenceMixer):
         self.norm_eps = norm_eps
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
+    def unsupported(self, backend, **case):
+        return mamba_ssm.refusal(backend, self.conv, self.d_state, chunked=True, **case)
+
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> Mamba2State:
         like = self.like_parameters(device, dtype)
         ssm = torch.zeros(batch_size, self.num_heads, self.d_state, self.head_dim, **like)
@@ -97,10 +101,18 @@ class Mamba2(SequenceMixer):
     def _run(self, u: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """u [B, T, D] or, one token, [B, D]."""
         z, xbc, dt = self.in_proj(u).split([self.d_inner, sum(self.widths), self.num_heads], dim=-1)
-        xbc, tail = (self.conv.step if u.ndim == 2 else self.conv.prefill)(xbc, state.conv)
+        backend = self.backend_for(u)
+        if backend == "mamba-ssm":
+            xbc, tail = mamba_ssm.short_convolution(self.conv, xbc, state.conv)
+        else:
+            xbc, tail = (self.conv.step if u.ndim == 2 else self.conv.prefill)(xbc, state.conv)
         x, b, c = xbc.split(self.widths, dim=-1)
         x = split_heads(x, self.num_heads)
-        y, ssm = self._mix(x, dt, split_heads(b, self.num_groups), split_heads(c, self.num_groups), state.ssm)
+        b, c = split_heads(b, self.num_groups), split_heads(c, self.num_groups)
+        if backend == "mamba-ssm":
+            y, ssm = mamba_ssm.chunk_scan(x, dt, -self.A_log.float().exp(), b, c, self.dt_bias, state.ssm)
+        else:
+            y, ssm = self._mix(x, dt, b, c, state.ssm)
         y = merge_heads(y + self.D.to(x.dtype).unsqueeze(-1) * x)
         return self.out_proj(self._norm(y * F.silu(z))), Mamba2State(ssm, tail)
 

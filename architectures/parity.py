@@ -1,7 +1,7 @@
 """Parity of a backend with the reference: outputs and all gradients of a small random case, against float64.
 
-What a backend may be off by is not written down anywhere: it is a small factor times what the reference itself is off by
-when it runs in the same precision.
+What a backend may be off by is not written down anywhere: it is a small factor times what the reference itself is off
+by when it runs in the same precision.
 """
 
 from __future__ import annotations

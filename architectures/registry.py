@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from architectures.mixer import SequenceMixer
 
 # Files of this folder that hold shared parts, not architectures.
-SHARED_MODULES = frozenset({"mixer", "registry", "backends", "parity", "layers", "feature_maps"})
+SHARED_MODULES = frozenset({"mixer", "registry", "backends", "parity", "layers", "feature_maps", "fla", "mamba_ssm"})
 ENTRY_POINT_GROUP = "zoology.architectures"
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from architectures import fla
 from architectures.layers import merge_heads, rotary, split_heads
 from architectures.mixer import SequenceMixer, default_num_heads, divide_heads
 from architectures.registry import register
@@ -39,7 +40,7 @@ class RetNet(SequenceMixer):
     Raises ValueError where num_heads does not divide d_model, or `rotate` is asked of an odd width.
     """
 
-    backends = ("reference",)
+    backends = ("fla", "reference")
 
     def __init__(
         self,
@@ -70,6 +71,9 @@ class RetNet(SequenceMixer):
             nn.init.xavier_uniform_(layer.weight, gain=2**-2.5)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
 
+    def unsupported(self, backend, **case):
+        return fla.refusal(backend, "retention", self.head_k_dim, self.head_v_dim, **case)
+
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> RetNetState:
         like = self.like_parameters(device, dtype)
         return RetNetState(
@@ -91,11 +95,16 @@ class RetNet(SequenceMixer):
 
     def _run(self, x: Tensor, state: RetNetState) -> tuple[Tensor, RetNetState]:
         """x [B, T, D]."""
+        backend = self.backend_for(x)
         q, k, v = (split_heads(part(x), self.num_heads) for part in (self.q_proj, self.k_proj, self.v_proj))
         if self.rotate:
             positions = state.position + torch.arange(x.shape[1], device=x.device)
             q, k = rotary(q, positions), rotary(k, positions)
-        o, kv = self._mix(q * self.head_k_dim**-0.5, k, v, state.kv)
+        q = q * self.head_k_dim**-0.5
+        if backend == "fla":
+            o, kv = fla.linear_recurrence(q, k, v, self.log_gamma, state.kv)
+        else:
+            o, kv = self._mix(q, k, v, state.kv)
         o = merge_heads(F.rms_norm(o, o.shape[-1:], eps=self.norm_eps)) * F.silu(self.g_proj(x))
         return self.out_proj(o), RetNetState(kv, state.position + x.shape[1])
 

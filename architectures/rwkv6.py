@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from architectures import fla
 from architectures.layers import merge_heads, split_heads, token_shift
 from architectures.mixer import SequenceMixer, default_num_heads, divide_heads
 from architectures.registry import register
@@ -41,7 +42,7 @@ class RWKV6(SequenceMixer):
     Raises ValueError where num_heads does not divide d_model.
     """
 
-    backends = ("reference",)
+    backends = ("fla", "reference")
 
     def __init__(
         self,
@@ -96,6 +97,9 @@ class RWKV6(SequenceMixer):
         bonus = depth * (1 - ramp) + 0.1 * ((channel + 1) % 3 - 1)
         self.bonus = nn.Parameter(split_heads(bonus, self.num_heads))
 
+    def unsupported(self, backend, **case):
+        return fla.refusal(backend, "rwkv6", self.head_dim, self.head_dim, **case)
+
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> RWKV6State:
         like = self.like_parameters(device, dtype)
         kv = torch.zeros(batch_size, self.num_heads, self.head_dim, self.head_dim, **like)
@@ -116,7 +120,10 @@ class RWKV6(SequenceMixer):
         """x [B, T, D] or, one token, [B, D]."""
         earlier, last = token_shift(x, state.shift)
         r, k, v, g, gate = self._project(x, earlier - x)
-        o, kv = self._mix(r, k, v, g, state.kv)
+        if self.backend_for(x) == "fla":
+            o, kv = fla.linear_recurrence(r, k, v, g, state.kv, bonus=self.bonus)
+        else:
+            o, kv = self._mix(r, k, v, g, state.kv)
         o = merge_heads(F.layer_norm(o, o.shape[-1:], eps=64e-5))
         o = o * self.norm_weight.to(o.dtype) + self.norm_bias.to(o.dtype)
         return self.output(o * gate), RWKV6State(kv, last)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from architectures import fla
 from architectures.layers import merge_heads, split_heads, token_shift
 from architectures.mixer import SequenceMixer, default_num_heads, divide_heads
 from architectures.registry import register
@@ -62,6 +63,7 @@ class RWKV7(SequenceMixer):
     against the equations of the official code written out token by token.
     """
 
+    backends = ("fla", "reference")
     keep_init = True  # decay and learning rate start as biases of linear layers
 
     def __init__(
@@ -146,11 +148,15 @@ class RWKV7(SequenceMixer):
         removal = F.normalize(split_heads(k * self.k_k, self.num_heads), dim=-1)
         k = k * (1 + (rate - 1) * self.k_a)
         r, k, v, rate, g = (split_heads(part, self.num_heads) for part in (r, k, v, rate, g))
-        o, kv = self._mix(r, k, v, -removal, removal * rate, g, state.kv)
+        mix = fla.dplr_delta_rule if self.backend_for(x) == "fla" else self._mix
+        o, kv = mix(r, k, v, -removal, removal * rate, g, state.kv)
         o = merge_heads(F.layer_norm(o, (self.head_dim,), eps=1e-5 * self.head_dim))
         o = o * self.norm_weight + self.norm_bias
         o = o + merge_heads((r * k * self.r_k).sum(-1, keepdim=True) * v)
         return self.out_proj(o * self.gate(mixed["g"])), RWKV7State(kv, last)
+
+    def unsupported(self, backend, **case):
+        return fla.refusal(backend, "dplr_delta_rule", self.head_dim, self.head_dim, **case)
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> RWKV7State:
         like = self.like_parameters(device, dtype)
