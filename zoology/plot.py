@@ -18,7 +18,7 @@ from zoology import results
 # Okabe and Ito's palette (Color Universal Design), black first; yellow is left out: it vanishes on white. Markers and
 # line styles repeat with other periods, so that a family is told apart without its colour too.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A4B9A")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (8, 2)))
 
 
@@ -31,7 +31,7 @@ class Style(NamedTuple):
 
 
 def styles(names: Sequence[str]) -> dict[str, Style]:
-    """A style for each name, by the order of the names: no two of the first 440 look the same."""
+    """A style for each name, by the order of the names: no two of the first 40 look the same."""
     return {
         name: Style(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], LINES[index % len(LINES)])
         for index, name in enumerate(names)
@@ -72,48 +72,45 @@ def tradeoff(frame: pd.DataFrame):
 
     Lines follow the best accuracy reached with at most that much state; points off the line are other
     configurations. Bars span the seeds. Hollow points: the selected learning rate lies at the edge of its grid.
-    Returns the matplotlib figure.
+    Returns the matplotlib figure. Raises ValueError for runs that were tested on different data.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     table, names = results.select(frame), results.slice_names(frame)
-    looks = styles(_by_first_appearance(frame))
+    looks = styles(_by_name(frame))
+    limits = _state_limits(frame, table)
+    small = names if len(names) > 1 else []
+    columns = min(4, max(1, len(small)))
+    rows = -(-len(small) // columns)
     with rc_context(RC):
-        small = names if len(names) > 1 else []
-        columns = min(4, max(1, len(small)))
-        rows = -(-len(small) // columns)
         figure = Figure(figsize=(8.4, 4.1 + 1.75 * rows), layout="constrained")
-        if small:
-            top, bottom = figure.subfigures(2, 1, height_ratios=(4.1, 1.75 * rows))
-        else:
-            top, bottom = figure, None
+        top, *bottom = figure.subfigures(2, 1, height_ratios=(4.1, 1.75 * rows)) if small else [figure]
         axis = top.subplots()
-        limits = _state_limits(frame, table)
-        _draw_panel(axis, table[table["slice"] == results.MEAN], looks, 5.0)
-        _draw_bound(axis, frame, names, limits)
+        _draw_panel(axis, table[table["slice"] == results.MEAN], looks, 5.0, limits)
+        has_bound = _draw_bound(axis, frame, names, limits)
         longest = int(frame["state_seq_len"].max())
-        axis.set(
-            xlim=limits,
-            xlabel=f"recurrent state at length {longest:,} (bytes per sequence, all layers)",
-            ylabel="test accuracy" if len(names) == 1 else f"test accuracy, mean of {len(names)} slices",
-        )
-        _style_axis(axis)
-        _legend(top, axis, looks, table)
-        if small:
-            grid = bottom.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-            for index, panel in enumerate(grid.flat):
-                if index >= len(small):
-                    panel.set_axis_off()
-                    continue
-                _draw_panel(panel, table[table["slice"] == small[index]], looks, 3.0)
-                _draw_bound(panel, frame, [small[index]], limits)
-                panel.set_title(_slice_title(frame, small[index]))
-                panel.set_xlim(limits)
-                _style_axis(panel)
-            bottom.supylabel("test accuracy", fontsize=8)
-            bottom.supxlabel(f"recurrent state at length {longest:,} (bytes)", fontsize=8)
+        axis.set_xlabel(f"recurrent state at length {longest:,} (bytes per sequence, all layers)")
+        axis.set_ylabel(f"test accuracy, mean of {len(names)} slices" if small else "test accuracy")
+        _legend(axis, looks, table, has_bound)
+        for part in bottom:
+            panels = part.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+            _draw_small_multiples(panels, frame, table, looks, limits, columns)
+            part.supylabel("test accuracy", fontsize=8)
+            part.supxlabel(f"recurrent state at length {longest:,} (bytes)", fontsize=8)
     return figure
+
+
+def _draw_small_multiples(panels, frame, table, looks, limits, columns: int) -> None:
+    names = results.slice_names(frame)
+    for index, panel in enumerate(panels):
+        if index >= len(names):
+            panel.set_axis_off()
+            continue
+        _draw_panel(panel, table[table["slice"] == names[index]], looks, 3.0, limits)
+        _draw_bound(panel, frame, [names[index]], limits)
+        panel.set_title(slice_title(frame, names[index]))
+        panel.tick_params(labelbottom=index + columns >= len(names))
 
 
 RC = {
@@ -131,7 +128,7 @@ RC = {
 }
 
 
-def _by_first_appearance(frame: pd.DataFrame) -> list[str]:
+def _by_name(frame: pd.DataFrame) -> list[str]:
     """Architectures in alphabetical order, attention first: it is what the others are measured by."""
     return sorted(frame["architecture"].unique(), key=lambda name: (name != "attention", name))
 
@@ -142,7 +139,7 @@ def frontier(points: pd.DataFrame) -> pd.DataFrame:
     return points[points["accuracy"] > points["accuracy"].cummax().shift(fill_value=-1.0)]
 
 
-def _draw_panel(axis, table: pd.DataFrame, looks: dict[str, Style], size: float) -> None:
+def _draw_panel(axis, table: pd.DataFrame, looks: dict[str, Style], size: float, limits: tuple[float, float]) -> None:
     for name, look in looks.items():
         points = table[table["architecture"] == name].sort_values("state_bytes")
         best = frontier(points)
@@ -154,41 +151,39 @@ def _draw_panel(axis, table: pd.DataFrame, looks: dict[str, Style], size: float)
                 group["state_bytes"], group["accuracy"], ls="none", marker=look.marker, ms=size, mew=0.9,
                 color=look.color, mfc="white" if edge else look.color, zorder=3, clip_on=False,
             )  # fmt: skip
-
-
-def _draw_bound(axis, frame: pd.DataFrame, names: Sequence[str], limits: tuple[float, float]) -> None:
-    parts = frame.drop_duplicates("slice").set_index("slice")
-    state = np.geomspace(*limits, 400)
-    curves = [bound(parts.loc[name], state) for name in names]
-    if any(curve is None for curve in curves):
-        return
-    axis.fill_between(state, np.mean(curves, axis=0), 1.0, color="0.87", lw=0, zorder=0)
-    axis.plot(state, np.mean(curves, axis=0), color="0.45", lw=0.9, zorder=1)
-
-
-def _state_limits(frame: pd.DataFrame, table: pd.DataFrame) -> tuple[float, float]:
-    """Wide enough for the points, and for where the hardest slice's bound reaches 1."""
-    low = min(table["state_bytes"].min(), frame["required_bits"].max() / 8)
-    high = table["state_bytes"].max()
-    return max(low, 1) / 1.6, max(high, 2 * low) * 1.6
-
-
-def _style_axis(axis) -> None:
-    axis.set_xscale("log")
-    axis.set_ylim(-0.02, 1.03)
-    axis.set_yticks(np.linspace(0, 1, 6))
+    axis.set(xscale="log", xlim=limits, ylim=(-0.02, 1.03), yticks=np.linspace(0, 1, 6))
     axis.grid(True, axis="y", color="0.9", lw=0.6)
     axis.set_axisbelow(True)
 
 
-def _slice_title(frame: pd.DataFrame, name: str) -> str:
+def _draw_bound(axis, frame: pd.DataFrame, names: Sequence[str], limits: tuple[float, float]) -> bool:
+    """Shade what no model can reach, averaged over the slices; False where a slice has no such bound."""
+    parts = frame.drop_duplicates("slice").set_index("slice")
+    state = np.geomspace(*limits, 400)
+    curves = [bound(parts.loc[name], state) for name in names]
+    if any(curve is None for curve in curves):
+        return False
+    axis.fill_between(state, np.mean(curves, axis=0), 1.0, color="0.85", lw=0, zorder=0)
+    axis.plot(state, np.mean(curves, axis=0), color="0.45", lw=0.9, zorder=1)
+    return True
+
+
+def _state_limits(frame: pd.DataFrame, table: pd.DataFrame) -> tuple[float, float]:
+    """Wide enough for the points, and for the place where the hardest slice's bound leaves 1."""
+    low = min(table["state_bytes"].min(), frame["required_bits"].max() / 8)
+    high = table["state_bytes"].max()
+    return max(low, 1) / 3, max(high, 2 * low) * 1.6
+
+
+def slice_title(frame: pd.DataFrame, name: str) -> str:
+    """A slice for readers: "16 pairs, length 64" for MQAR with default options, else its name."""
     part = frame[frame["slice"] == name].iloc[0]
-    if part["task"] == "mqar" and not pd.isna(part["num_kv_pairs"]):
+    if part["task"] == "mqar" and name.startswith("mqar "):
         return f"{int(part['num_kv_pairs'])} pairs, length {int(part['seq_len']):,}"
     return name
 
 
-def _legend(figure, axis, looks: dict[str, Style], table: pd.DataFrame) -> None:
+def _legend(axis, looks: dict[str, Style], table: pd.DataFrame, has_bound: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -196,14 +191,11 @@ def _legend(figure, axis, looks: dict[str, Style], table: pd.DataFrame) -> None:
         Line2D([], [], color=look.color, ls=look.linestyle, marker=look.marker, ms=5, lw=1.3, label=name)
         for name, look in looks.items()
     ]
-    if axis.collections or len(axis.patches):
-        handles.append(Patch(facecolor="0.87", edgecolor="0.45", lw=0.9, label="ruled out by the\ncounting bound"))
+    if has_bound:
+        handles.append(Patch(facecolor="0.85", edgecolor="0.45", lw=0.9, label="ruled out by the\ncounting bound"))
     if table["lr_at_edge"].any():
-        handles.append(
-            Line2D(
-                [], [], color="0.3", ls="none", marker="o", mfc="white", ms=5, label="learning rate at\nedge of grid"
-            )
-        )
+        label = "learning rate at\nedge of grid"
+        handles.append(Line2D([], [], color="0.3", ls="none", marker="o", mfc="white", ms=5, label=label))
     if (table["num_seeds"] > 1).any():
         handles.append(Line2D([], [], color="0.3", ls="none", marker="|", ms=9, label="range over seeds"))
     axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=2.8)
@@ -230,7 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="where to write tradeoff.png and tradeoff.svg (default: the results directory)")
     options = parser.parse_args(arguments)
     try:
-        paths = save(results.load(options.directory), options.out or options.directory)
+        frame = results.load(options.directory)
+        kept = results.comparable(frame)
+        if left_out := frame["run_id"].nunique() - kept["run_id"].nunique():
+            print(f"left out: {left_out} runs that were tested on other data", file=sys.stderr)
+        paths = save(kept, options.out or options.directory)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

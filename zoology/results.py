@@ -111,6 +111,19 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
+def comparable(frame: pd.DataFrame, run_ids: Iterable[str] | None = None) -> pd.DataFrame:
+    """The runs that were tested on the same data as most (of those in `run_ids`): accuracies of others mean others.
+
+    A results directory holds different test data when its experiment was edited between two sweeps.
+    """
+    tested = frame.groupby("run_id", sort=False)["test_hash"].agg(lambda hashes: " ".join(sorted(hashes)))
+    among = tested if run_ids is None else tested[tested.index.isin(set(run_ids))]
+    if among.empty:
+        return frame[:0]
+    commonest = among.value_counts().index[0]
+    return frame[frame["run_id"].map(tested) == commonest]
+
+
 def select(frame: pd.DataFrame) -> pd.DataFrame:
     """The best learning rate of every point, and its test accuracy: one row per point and slice, and one for "mean".
 
@@ -119,7 +132,11 @@ def select(frame: pd.DataFrame) -> pd.DataFrame:
     reported for that rate: `accuracy` is the mean over seeds, `low` and `high` its 95% interval by Student's t
     (clipped to [0, 1]; NaN for one seed), `worst` and `best` the range of the seeds. `lr_at_edge` says that a
     rate beyond the grid might have been better: the selected one is the smallest or largest of several.
+
+    Raises ValueError for runs that were tested on different data: see `comparable`.
     """
+    if len(comparable(frame)) < len(frame):
+        raise ValueError("the runs were tested on different data: compare `comparable(frame)` only")
     runs = frame.drop_duplicates("run_id")
     chosen = {point: _best_rate(group) for point, group in runs.groupby("point_id", sort=False)}
     kept = frame[frame["lr"] == frame["point_id"].map(chosen)]

@@ -78,7 +78,7 @@ def sweep(options: dict[str, Any]) -> int:
         devices = plan.resolve_devices(options["device"])
         scale, why = plan.choose_scale(options["scale"], devices != ["cpu"])
         _say(console, why)
-        runs = planned_runs(options, scale, devices[0])
+        runs, points = planned_runs(options, scale, devices[0])
         directory = options["out"] or Path("results", f"{options['experiment'].stem}-{scale}")
         if options["dry_run"]:
             console.print(plan_table(runs))
@@ -90,7 +90,7 @@ def sweep(options: dict[str, Any]) -> int:
             raise PlanError(f"--retries {options['retries']}: must be 0 or more")
         setups = worker_setups(options, devices, directory)
         with store.open_directory(directory), Signals() as stop:
-            return execute(console, options, runs, directory, setups, limits, stop)
+            return execute(console, options, runs, directory, setups, limits, points, stop)
     except ValueError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
         return Exit.USAGE
@@ -101,16 +101,17 @@ def make_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 
-def planned_runs(options: dict[str, Any], scale: str, device: str) -> list[PlannedRun]:
-    """The checked plan. Raises ValueError."""
+def planned_runs(options: dict[str, Any], scale: str, device: str) -> tuple[list[PlannedRun], set[str]]:
+    """The checked plan, and the points of the whole sweep, those that --only leaves out too. Raises ValueError."""
     for path in options["architecture_files"] or ():
         architectures.load_file(path)
     runs: list[RunConfig] = plan.load_sweep(options["experiment"], scale)
+    points = {run.point_id for run in runs}
     if options["only"] is not None:
         runs = plan.keep_only(runs, [name for name in options["only"].split(",") if name])
     if options["seeds"] is not None:
         runs = plan.with_seeds(runs, options["seeds"])
-    return plan.make_plan(runs, device)
+    return plan.make_plan(runs, device), points
 
 
 def worker_setups(options: dict[str, Any], devices: Sequence[str], directory: Path) -> list[Any]:
@@ -142,6 +143,7 @@ def execute(
     directory: Path,
     setups: list[Any],
     limits: dict[str, float | None],
+    points: set[str],
     stop: Signals,
 ) -> int:
     """Run what is missing and report."""
@@ -173,7 +175,7 @@ def execute(
         found.finished.pop(planned.run_id, None)
     records = found.finished | outcome.records
     failed = {run.run_id: found.failed[run.run_id] for run in left_failed} | outcome.failures
-    return report(console, runs, directory, records, failed, outcome.exit, redraw=bool(todo))
+    return report(console, runs, directory, records, failed, outcome.exit, points=points, redraw=bool(todo))
 
 
 def make_engine(options: dict[str, Any], setups: list[Any], timeout: float | None):
@@ -209,13 +211,17 @@ def report(
     failed: dict[str, str],
     how: Exit,
     *,
+    points: set[str],
     redraw: bool,
 ) -> int:
-    """Table, plot, failures, and how to go on."""
+    """Table and plot of the models in `points`, failures, and how to go on."""
     from zoology import plot, results
 
-    if records:
-        frame = results.from_records(records.values())
+    shown = [record for record in records.values() if record["point_id"] in points]
+    if other := len(records) - len(shown):
+        _say(console, f"{other} finished runs in {directory} are of models outside this sweep: not in table and plot")
+    if shown:
+        frame = results.from_records(shown)
         console.print(results_table(frame, results.select(frame)))
         figures = [directory / name for name in ("tradeoff.png", "tradeoff.svg")]
         if redraw or not all(path.exists() for path in figures):
@@ -275,7 +281,7 @@ def plan_table(runs: list[PlannedRun]) -> Table:
 
 def results_table(frame, selected) -> Table:
     """Test accuracy by point, at the best learning rate; a star marks a rate at the edge of its grid."""
-    from zoology import results
+    from zoology import plot, results
 
     names = results.slice_names(frame)
     table = Table(
@@ -283,7 +289,7 @@ def results_table(frame, selected) -> Table:
     )
     table.add_column("architecture")
     table.add_column("model", overflow="fold")
-    titles = [] if len(names) == 1 else [_short(frame, name) for name in names]
+    titles = [] if len(names) == 1 else [plot.slice_title(frame, name).replace(", length ", "@") for name in names]
     for title in ("state bytes", "lr", "accuracy", *titles):
         table.add_column(title, justify="right")
     for _, group in selected.groupby("point_id", sort=False):
@@ -300,11 +306,6 @@ def results_table(frame, selected) -> Table:
             *cells,
         )
     return table
-
-
-def _short(frame, name: str) -> str:
-    part = frame[frame["slice"] == name].iloc[0]
-    return f"{part['seq_len']}x{part['num_kv_pairs']:g}" if part["task"] == "mqar" else name
 
 
 def git_commit() -> dict[str, Any] | None:
