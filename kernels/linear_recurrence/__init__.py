@@ -25,7 +25,7 @@ def linear_recurrence(
     bonus: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T and o_t = S_t^T q_t, over a whole sequence.
 
@@ -37,7 +37,7 @@ def linear_recurrence(
         initial_state: S_0 [B, H, K, V], any floating dtype; zeros when None.
         output_final_state: also return S_T, in the dtype of `initial_state`, or float32 (float64 for float64
             inputs) without one.
-        chunk_size: a power of two; the work inside a chunk is quadratic in it.
+        chunk_size: a power of two (None: chosen); the work inside a chunk is quadratic in it.
 
     Returns:
         o [B, T, H, V] in the dtype of v, and the final state or None. Sums are kept in float32 at least.
@@ -49,8 +49,8 @@ def linear_recurrence(
     `reference.py` holds the formulas.
     """
     _check(q, k, v, g, bonus, initial_state, axes="BTH", name="initial_state")
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"chunk_size is {chunk_size}; allowed: a power of two")
+    if chunk_size is not None and (chunk_size < 1 or chunk_size & (chunk_size - 1)):
+        raise ValueError(f"chunk_size is {chunk_size}; allowed: a power of two, or None")
     with torch.autocast(q.device.type, enabled=False):
         return linear_recurrence_reference(
             q,

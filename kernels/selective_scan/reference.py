@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from kernels.linear_recurrence.reference import accumulation_dtype
+
 
 def selective_scan_step_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
@@ -69,12 +71,6 @@ def selective_scan_reference(
     x_, dt_, B_, C_ = (F.pad(part.to(acc), (0, 0, 0, padding)) for part in (x, dt, B, C))
     y, last = _SelectiveScan.apply(x_, dt_, A.to(acc), B_, C_, state, num_stretches)
     return y[:, :length].to(x.dtype), last if initial_state is None else last.to(initial_state.dtype)
-
-
-def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any tensor is, float32 otherwise."""
-    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
-    return torch.float64 if wide else torch.float32
 
 
 class _SelectiveScan(torch.autograd.Function):

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.linear_recurrence.reference import accumulation_dtype
+
 
 class WKVState(NamedTuple):
     """`average` [B, D], the weighted average of the values so far, and `log_weight` [B, D], the log of its weight.
@@ -105,9 +107,3 @@ def _interleave(evens: Tensor, odds: Tensor) -> Tensor:
     num = odds.shape[1]
     paired = torch.stack([evens[:, :num], odds], dim=2).flatten(1, 2)
     return paired if evens.shape[1] == num else torch.cat([paired, evens[:, num:]], dim=1)
-
-
-def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any tensor is, float32 otherwise."""
-    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
-    return torch.float64 if wide else torch.float32
