@@ -133,6 +133,17 @@ def test_naive_linear_attention_of_fla():
     torch.testing.assert_close(mixer(x), wanted, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_hedgehog_of_fla():
+    from fla.modules.feature_map import HedgehogFeatureMap
+
+    ours, theirs = create_feature_map("hedgehog", 4), HedgehogFeatureMap(4)
+    theirs.layer.weight.copy_(ours.weight.add_(torch.randn(4, 4)))
+    theirs.layer.bias.copy_(ours.bias.add_(torch.randn(4)))
+    x = torch.randn(2, 5, 3, 4)
+    torch.testing.assert_close(ours(x, torch.arange(5)), theirs(x))
+
+
 def test_performer_estimates_the_softmax_kernel():
     """Over many random features phi(q).phi(k) tends to exp(q.k / sqrt(f)), and q and k share the features."""
     map_q, map_k = (create_feature_map("performer", 8, num_random=1 << 14) for _ in range(2))
