@@ -105,7 +105,10 @@ def test_strong_decay_is_safe_in_float32(kind, strongest):
     """Weak and total decay in turn, where the sums of g inside a chunk reach -5000, or a reset."""
     i = make(64, dtype=torch.float32)
     i["g"] = (
-        torch.where(torch.arange(64)[:, None, None] % 5 == 2, strongest, -0.01).expand_as(i["g"]).clone().requires_grad_()
+        torch.where(torch.arange(64)[:, None, None] % 5 == 2, strongest, -0.01)
+        .expand_as(i["g"])
+        .clone()
+        .requires_grad_()
     )
     exact = {name: tensor.detach().double() for name, tensor in i.items()}
     o, state = run_public(kind, i, initial_state=i["state"], output_final_state=True)
