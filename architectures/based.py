@@ -40,8 +40,7 @@ class Based(SequenceMixer):
     def unsupported(self, backend, *, device, dtype, seq_len):
         if backend != "triton":
             return None
-        q, v = (torch.empty(1, 1, 1, width, device=device, dtype=dtype) for width in (self.feature_dim, self.head_dim))
-        return triton_refusal(q, v)
+        return triton_refusal(torch.empty(1, 1, 1, self.feature_dim, device=device, dtype=dtype))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [..., D] -> q, k [..., H, f], v [..., H, V]."""
