@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from kernels.taylor_linear_attention import triton_kernels as tk
 from kernels.taylor_linear_attention.reference import TaylorState, num_taylor_features
 
 MIN_CHUNKS_PER_GROUP = 4
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Tile(NamedTuple):
@@ -38,12 +40,13 @@ def choose_tile(f: int, v_dim: int, dtype: torch.dtype, *, backward: bool = Fals
     """
     num = num_taylor_features(f)
     block, num_blocks = next((bf, nb) for bf, nb in ((64, 1), (64, 3), (128, 3), (256, 3)) if bf * nb >= num)
-    narrow = dtype == torch.bfloat16
+    # Triton's interpreter has no bf16 products.
+    narrow = dtype == torch.bfloat16 and not INTERPRETED
     widest = 64 if block == 64 and (narrow or not backward) else 32 if block < 256 else 16
     block_v = min(widest, max(16, triton.next_power_of_2(v_dim)))
     op, prec = (tl.bfloat16, "tf32") if narrow else (tl.float32, "tf32" if dtype == torch.float16 else "tf32x3")
     tile = Tile(f, 16 if f <= 16 else 32, v_dim, block_v, 64 if narrow else 32, block, num_blocks, op, prec)
-    return tile, {"num_warps": 4 if block == 64 else 8, "num_stages": 2 if narrow else 1}
+    return tile, {"num_warps": 4 if block == 64 else 8, "num_stages": 2 if narrow and block == 64 else 1}
 
 
 @functools.lru_cache
@@ -69,30 +72,27 @@ class Starts(NamedTuple):
     z: Tensor | None
 
 
-def sum_groups(x: Tensor, y: Tensor, norm, delta, mask, scale: float, tile: Tile, options, groups, per_group, *, skip):
-    """Group sums, raw: all groups but one at the end that no other group needs (`skip`: 'first', 'last' or None)."""
+def sum_groups(x: Tensor, y: Tensor, c, mask, tile: Tile, options, groups: int, per_group: int, *, skip: str | None):
+    """Group sums, raw, of phi(x) y^T and phi(x) c; `skip` names an end group ('first', 'last') that nobody needs."""
     b, t, h, _ = x.shape
     rows = tile.NB * tile.BF
     kv = torch.empty(b * h, groups, rows, tile.V, device=x.device, dtype=torch.float32)
     z = torch.empty(b * h, groups, rows, device=x.device, dtype=torch.float32)
     num = groups - (skip is not None)
     if num:
-        grid = (triton.cdiv(tile.V, tile.BV), num, b * h)
-        tk._state_kernel[grid](
+        tk._state_kernel[(triton.cdiv(tile.V, tile.BV), num, b * h)](
             x,
             y,
-            x if norm is None else norm,
-            x if delta is None else delta,
-            x if mask is None else mask,
+            z if c is None else c,
+            z if mask is None else mask,
             kv,
             z,
-            scale,
             t,
             h,
             groups,
             per_group,
             1 if skip == "first" else 0,
-            ADJOINT=norm is not None,
+            HAS_C=c is not None,
             HAS_MASK=mask is not None,
             **tile._asdict(),
             **options,
@@ -125,14 +125,82 @@ def scan(kv, z, initial: TaylorState | None, final: TaylorState | None, scale: f
     )
 
 
-def group_starts(x, y, norm, delta, initial, scale, tile, options, groups, per_group, *, reverse: bool) -> Starts:
+def group_starts(x, y, c, initial, scale, tile, options, groups, per_group, *, reverse: bool) -> Starts:
     """The state at the start of each group: forwards from `initial`, or backwards from the final gradient."""
     if groups == 1 and initial is None:
         return Starts(None, None)
     skip = "first" if reverse else "last"
-    kv, z = sum_groups(x, y, norm, delta, None, scale, tile, options, groups, per_group, skip=skip)
+    kv, z = sum_groups(x, y, c, None, tile, options, groups, per_group, skip=skip)
     scan(kv, z, initial, None, scale, tile, reverse=reverse)
     return Starts(kv, z)
+
+
+def launch_apply(x, xs, ys, mask, o, norm, start: Starts, final, scale, tile, options, groups, per_group, *, reverse):
+    """Outputs (forwards, with `norm`) or the gradient of v (`reverse`); not causal when `xs` is None."""
+    b, t, h, _ = x.shape
+    unused = o
+    tk._apply_kernel[(triton.cdiv(tile.V, tile.BV), groups, b * h)](
+        x,
+        unused if xs is None else xs,
+        unused if ys is None else ys,
+        unused if mask is None else mask,
+        o,
+        unused if norm is None else norm,
+        unused if start.kv is None else start.kv,
+        unused if start.z is None else start.z,
+        unused if final is None else final.kv,
+        unused if final is None else final.key_sum,
+        scale,
+        t,
+        h,
+        groups,
+        per_group,
+        CAUSAL=xs is not None,
+        REVERSE=reverse,
+        NORMALISE=norm is not None,
+        HAS_MASK=mask is not None,
+        HAS_START=start.kv is not None,
+        HAS_FINAL=final is not None,
+        **tile._asdict(),
+        **options,
+    )
+
+
+def launch_dx(
+    x, y, c, xs, ys, mask, start: Starts, final, scale, tile, options, groups, per_group, *, reverse
+) -> Tensor:
+    """Gradient of x (q forwards, k in `reverse`); not causal when `xs` is None."""
+    b, t, h, _ = x.shape
+    num_v = triton.cdiv(tile.V, tile.BV)
+    # Each tile of V gives its own part of the gradient; they are summed below in a fixed order.
+    dx = torch.empty(num_v, *x.shape, device=x.device, dtype=x.dtype if num_v == 1 else torch.float32)
+    tk._dx_kernel[(num_v, groups, b * h)](
+        x,
+        y,
+        dx if c is None else c,
+        dx if xs is None else xs,
+        dx if ys is None else ys,
+        dx if mask is None else mask,
+        dx,
+        dx if start.kv is None else start.kv,
+        dx if start.z is None else start.z,
+        dx if final is None else final.kv,
+        dx if final is None else final.key_sum,
+        scale,
+        t,
+        h,
+        groups,
+        per_group,
+        x.numel(),
+        CAUSAL=xs is not None,
+        REVERSE=reverse,
+        HAS_MASK=mask is not None,
+        HAS_START=start.kv is not None,
+        HAS_FINAL=final is not None,
+        **tile._asdict(),
+        **options,
+    )
+    return dx[0] if num_v == 1 else dx.sum(0).to(x.dtype)
 
 
 def as_state(kv: Tensor | None, key_sum: Tensor | None) -> TaylorState | None:
@@ -161,35 +229,14 @@ def forward_op(q, k, v, initial_kv, initial_key_sum, scale, output_final_state):
     q, k, v = (x.contiguous() for x in (q, k, v))
     (b, t, h, f), v_dim = q.shape, v.shape[-1]
     tile, options = choose_tile(f, v_dim, q.dtype)
-    num_v = triton.cdiv(v_dim, tile.BV)
-    groups, per_group = split(t, tile, num_v * b * h, q.device)
+    groups, per_group = split(t, tile, triton.cdiv(v_dim, tile.BV) * b * h, q.device)
     initial = as_state(initial_kv, initial_key_sum)
-    start = group_starts(k, v, None, None, initial, scale, tile, options, groups, per_group, reverse=False)
+    start = group_starts(k, v, None, initial, scale, tile, options, groups, per_group, reverse=False)
     o = torch.empty_like(v)
     norm = torch.empty(b, t, h, device=q.device, dtype=torch.float32)
-    final = empty_state(b, h, f, v_dim, q) if output_final_state else TaylorState(*(o.new_empty(0) for _ in range(2)))
-    has_start = start.kv is not None
-    tk._forward_kernel[(num_v, groups, b * h)](
-        q,
-        k,
-        v,
-        o,
-        norm,
-        start.kv if has_start else norm,
-        start.z if has_start else norm,
-        final.kv if output_final_state else norm,
-        final.key_sum if output_final_state else norm,
-        scale,
-        t,
-        h,
-        groups,
-        per_group,
-        HAS_START=has_start,
-        HAS_FINAL=output_final_state,
-        **tile._asdict(),
-        **options,
-    )
-    return o, norm, *final
+    final = empty_state(b, h, f, v_dim, q) if output_final_state else None
+    launch_apply(q, k, v, None, o, norm, start, final, scale, tile, options, groups, per_group, reverse=False)
+    return o, norm, *(final or (q.new_empty(0), q.new_empty(0)))
 
 
 @forward_op.register_fake
@@ -212,79 +259,28 @@ def backward_op(q, k, v, o, norm, do, initial_kv, initial_key_sum, dfinal_kv, df
     q, k, v, do = (x.contiguous() for x in (q, k, v, do))
     (b, t, h, f), v_dim = q.shape, v.shape[-1]
     tile, options = choose_tile(f, v_dim, q.dtype, backward=True)
-    num_v = triton.cdiv(v_dim, tile.BV)
-    groups, per_group = split(t, tile, num_v * b * h, q.device)
-    initial, dfinal = as_state(initial_kv, initial_key_sum), as_state(dfinal_kv, dfinal_key_sum)
+    groups, per_group = split(t, tile, triton.cdiv(v_dim, tile.BV) * b * h, q.device)
+    plan = (scale, tile, options, groups, per_group)
 
+    # fp16 has no room for do / norm at long lengths.
+    dn = torch.empty_like(v, dtype=torch.float32 if v.dtype == torch.float16 else v.dtype)
     delta = torch.empty_like(norm)
     rows = 32
-    tk._delta_kernel[(triton.cdiv(norm.numel(), rows),)](
-        o, do, norm, delta, norm.numel(), V=v_dim, VP=triton.next_power_of_2(v_dim), BR=rows, num_warps=4
+    tk._normaliser_kernel[(triton.cdiv(norm.numel(), rows),)](
+        o, do, norm, dn, delta, norm.numel(), V=v_dim, VP=triton.next_power_of_2(v_dim), BR=rows, num_warps=4
     )
-    # Each tile of V adds its own part to the gradients of q and k; they are summed below in a fixed order.
-    part_dtype = q.dtype if num_v == 1 else torch.float32
-    dq, dk = (torch.empty(num_v, *q.shape, device=q.device, dtype=part_dtype) for _ in range(2))
+    initial, dfinal = as_state(initial_kv, initial_key_sum), as_state(dfinal_kv, dfinal_key_sum)
+    start = group_starts(k, v, None, initial, *plan, reverse=False)
+    dq = launch_dx(q, dn, delta, k, v, None, start, None, *plan, reverse=False)
+
+    start = group_starts(q, dn, delta, dfinal, *plan, reverse=True)
+    dinitial = None if initial is None else empty_state(b, h, f, v_dim, q)
+    dk = launch_dx(k, v, delta, q, dn, None, start, dinitial, *plan, reverse=True)
     dv = torch.empty_like(v)
-
-    start = group_starts(k, v, None, None, initial, scale, tile, options, groups, per_group, reverse=False)
-    has_start = start.kv is not None
-    tk._dq_kernel[(num_v, groups, b * h)](
-        q,
-        k,
-        v,
-        do,
-        norm,
-        delta,
-        dq,
-        start.kv if has_start else norm,
-        start.z if has_start else norm,
-        scale,
-        t,
-        h,
-        groups,
-        per_group,
-        q.numel(),
-        HAS_START=has_start,
-        **tile._asdict(),
-        **options,
-    )
-    start = group_starts(q, do, norm, delta, dfinal, scale, tile, options, groups, per_group, reverse=True)
-    has_start = start.kv is not None
-    dinitial = TaylorState(*(q.new_empty(0) for _ in range(2))) if initial is None else empty_state(b, h, f, v_dim, q)
-    tk._dkv_kernel[(num_v, groups, b * h)](
-        q,
-        k,
-        v,
-        do,
-        norm,
-        delta,
-        norm,
-        dk,
-        dv,
-        start.kv if has_start else norm,
-        start.z if has_start else norm,
-        norm if initial is None else dinitial.kv,
-        norm if initial is None else dinitial.key_sum,
-        scale,
-        t,
-        h,
-        groups,
-        per_group,
-        q.numel(),
-        CAUSAL=True,
-        HAS_MASK=False,
-        HAS_START=has_start,
-        HAS_INITIAL=initial is not None,
-        **tile._asdict(),
-        **options,
-    )
-    if initial is not None:
-        dinitial = TaylorState(*(x.to(initial.kv.dtype) for x in dinitial))
-    return sum_parts(dq, q.dtype), sum_parts(dk, q.dtype), dv, *dinitial
-
-
-def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(dtype)
+    launch_apply(k, q, dn, None, dv, None, start, None, *plan, reverse=True)
+    if initial is None:
+        return dq, dk, dv, q.new_empty(0), q.new_empty(0)
+    return dq, dk, dv, *(x.to(initial.kv.dtype) for x in dinitial)
 
 
 @backward_op.register_fake
@@ -339,7 +335,7 @@ def state_op(k, v, mask, initial_kv, initial_key_sum, scale):
     tile, options = choose_tile(f, v_dim, k.dtype)
     groups, per_group = split(t, tile, triton.cdiv(v_dim, tile.BV) * b * h, k.device)
     mask = None if mask is None else mask.contiguous()
-    kv, z = sum_groups(k, v, None, None, mask, scale, tile, options, groups, per_group, skip=None)
+    kv, z = sum_groups(k, v, None, mask, tile, options, groups, per_group, skip=None)
     final = empty_state(b, h, f, v_dim, k)
     scan(kv, z, as_state(initial_kv, initial_key_sum), final, scale, tile, reverse=False)
     return tuple(final)
@@ -359,41 +355,18 @@ def state_backward_op(k, v, mask, dkv, dkey_sum, scale):
     k, v = k.contiguous(), v.contiguous()
     (b, t, h, f), v_dim = k.shape, v.shape[-1]
     tile, options = choose_tile(f, v_dim, k.dtype, backward=True)
-    num_v = triton.cdiv(v_dim, tile.BV)
-    groups, per_group = split(t, tile, num_v * b * h, k.device)
-    start_kv = torch.empty(b * h, 1, tile.NB * tile.BF, v_dim, device=k.device, dtype=torch.float32)
-    start_z = torch.empty(b * h, 1, tile.NB * tile.BF, device=k.device, dtype=torch.float32)
-    scan(start_kv, start_z, as_state(dkv, dkey_sum), None, scale, tile, reverse=True)
-    dk = torch.empty(num_v, *k.shape, device=k.device, dtype=k.dtype if num_v == 1 else torch.float32)
-    dv = torch.empty_like(v)
-    tk._dkv_kernel[(num_v, groups, b * h)](
-        k,
-        k,
-        v,
-        v,
-        start_z,
-        start_z,
-        start_z if mask is None else mask.contiguous(),
-        dk,
-        dv,
-        start_kv,
-        start_z,
-        start_kv,
-        start_z,
-        scale,
-        t,
-        h,
-        groups,
-        per_group,
-        k.numel(),
-        CAUSAL=False,
-        HAS_MASK=mask is not None,
-        HAS_START=True,
-        HAS_INITIAL=False,
-        **tile._asdict(),
-        **options,
+    groups, per_group = split(t, tile, triton.cdiv(v_dim, tile.BV) * b * h, k.device)
+    plan = (scale, tile, options, groups, per_group)
+    start = Starts(
+        torch.empty(b * h, 1, tile.NB * tile.BF, v_dim, device=k.device, dtype=torch.float32),
+        torch.empty(b * h, 1, tile.NB * tile.BF, device=k.device, dtype=torch.float32),
     )
-    return sum_parts(dk, k.dtype), dv
+    scan(*start, as_state(dkv, dkey_sum), None, scale, tile, reverse=True)
+    mask = None if mask is None else mask.contiguous()
+    dk = launch_dx(k, v, None, None, None, mask, start, None, *plan, reverse=True)
+    dv = torch.empty_like(v)
+    launch_apply(k, None, None, mask, dv, None, start, None, *plan, reverse=True)
+    return dk, dv
 
 
 @state_backward_op.register_fake
