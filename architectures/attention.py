@@ -8,9 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from architectures import backends
 from architectures.layers import merge_heads, rotary, split_heads
 from architectures.mixer import SequenceMixer, divide_heads
 from architectures.registry import register
+from kernels.taylor_linear_attention import autocast_inputs
+
+
+MAX_FLASH_HEAD_DIM = 256
 
 
 class AttentionState(NamedTuple):
@@ -34,10 +39,28 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, backend: str
     return o.transpose(1, 2)
 
 
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
+    """Causal attention q k v [B, T, H, K] -> [B, T, H, K] by flash-attn, to the last `window` tokens if given."""
+    from flash_attn import flash_attn_func
+
+    # flash-attn counts the tokens to the left of the current one, and means "all of them" by -1.
+    left = -1 if window is None else window - 1
+    q, k, v = autocast_inputs(q, k, v)
+    return flash_attn_func(q, k, v, causal=True, window_size=(left, 0 if window is not None else -1))
+
+
+def flash_cached_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
+    """The queries q [B, T, H, K] of the last T of `length` [] tokens, causally, over a KV cache; no gradient."""
+    from flash_attn import flash_attn_with_kvcache
+
+    lengths = length.to(torch.int32).expand(q.shape[0]).contiguous()
+    return flash_attn_with_kvcache(q.contiguous(), keys, values, cache_seqlens=lengths, causal=True)
+
+
 class SelfAttention(SequenceMixer):
     """What full and sliding-window attention share: projections, heads, rotary embedding."""
 
-    backends = ("sdpa", "reference")
+    backends = ("flash-attn", "sdpa", "reference")
 
     def __init__(self, d_model: int, *, num_heads: int, rotary_fraction: float, bias: bool, backend: str):
         super().__init__(d_model, backend=backend)
@@ -51,6 +74,15 @@ class SelfAttention(SequenceMixer):
             )
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+
+    def unsupported(self, backend, *, device, dtype, seq_len):
+        if backend != "flash-attn":
+            return None
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"the dtype is {dtype}; allowed: bfloat16, float16"
+        if self.head_dim > MAX_FLASH_HEAD_DIM:
+            return f"head_dim={self.head_dim}; allowed: up to {MAX_FLASH_HEAD_DIM}"
+        return None
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, D], positions [T] -> q, k, v [B, T, H, K], q and k turned."""
@@ -88,7 +120,10 @@ class Attention(SelfAttention):
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
         q, k, v = self._project(x, torch.arange(length, device=x.device))
-        if self.backend_for(x) == "sdpa":
+        backend = self.backend_for(x)
+        if backend == "flash-attn":
+            o = flash_attention(q, k, v)
+        elif backend == "sdpa":
             q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         else:
@@ -114,6 +149,12 @@ class Attention(SelfAttention):
         q, k, v = self._project(x, positions)
         keys = state.keys.index_copy_(1, positions, k.to(state.keys.dtype))
         values = state.values.index_copy_(1, positions, v.to(state.values.dtype))
-        seen = torch.arange(capacity, device=x.device)[None] <= positions[:, None]
-        o = masked_attention(q, keys.to(q.dtype), values.to(q.dtype), seen, self.backend_for(x))
+        backend = self.backend_for(x)
+        if backend == "flash-attn" and (keys.dtype != q.dtype or backends.wants_grad(q, keys, values)):
+            backend = self.ran_beside("sdpa")  # its kernel for caches wants one dtype, and has no gradient
+        if backend == "flash-attn":
+            o = flash_cached_attention(q, keys, values, state.position + length)
+        else:
+            seen = torch.arange(capacity, device=x.device)[None] <= positions[:, None]
+            o = masked_attention(q, keys.to(q.dtype), values.to(q.dtype), seen, backend)
         return self.out_proj(merge_heads(o)), AttentionState(keys, values, state.position + length)

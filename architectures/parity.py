@@ -145,8 +145,8 @@ class _Case:
         self.x = draw(shape).to(self.kept if self.autocast else dtype).to(device)
         self.direction = draw(shape).to(device)
 
-    def run(self, backend: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output and gradients in float64, computed by `backend` in `dtype`."""
+    def run(self, backend: str, dtype: torch.dtype, *, unroll: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """Output and gradients in float64, computed by `backend` in `dtype`; outputs alone if token by token."""
         twin = copy.deepcopy(self.mixer)
         twin.force_backend(backend)
         autocast = self.autocast and dtype == self.dtype
@@ -155,9 +155,9 @@ class _Case:
         x = self.x.detach().to(keep).requires_grad_(not self.decode)
         context = torch.autocast(self.device.type, dtype) if autocast else contextlib.nullcontext()
         with context:
-            y = self._decode(twin, x) if self.decode else twin(x)
-        if self.decode:
-            return y.double(), {}
+            if self.decode or unroll:
+                return self._decode(twin, x, x.shape[1] if unroll else DECODED).double(), {}
+            y = twin(x)
         (y.double() * self.direction).sum().backward()
         gradients = {"x": x.grad.double()}
         for name, parameter in twin.named_parameters():
@@ -167,11 +167,13 @@ class _Case:
         return y.detach().double(), gradients
 
     @torch.no_grad()
-    def _decode(self, twin: SequenceMixer, x: Tensor) -> Tensor:
-        state = twin.init_state(BATCH, x.shape[1], device=x.device)
-        prefilled, state = twin.prefill(x[:, :-DECODED], state)
-        outputs = [prefilled]
-        for token in x[:, -DECODED:].unbind(1):
+    def _decode(self, twin: SequenceMixer, x: Tensor, steps: int) -> Tensor:
+        """Outputs for x [B, T, D], the last `steps` of them from single steps and those before from `prefill`."""
+        state, outputs = twin.init_state(BATCH, x.shape[1], device=x.device), []
+        if steps < x.shape[1]:
+            y, state = twin.prefill(x[:, : x.shape[1] - steps], state)
+            outputs.append(y)
+        for token in x[:, x.shape[1] - steps :].unbind(1):
             y, state = twin.step(token, state)
             outputs.append(y.unsqueeze(1))
         return torch.cat(outputs, 1)
@@ -182,21 +184,22 @@ class _Case:
         # Some gradients are zero but for rounding (that of a key bias under softmax): no error is relative to those.
         typical = _rms(torch.cat([g.flatten() for g in exact_gradients.values()])) if exact_gradients else 0.0
         return Errors(
-            _rms(output - exact_output) / max(_rms(exact_output), 1e-30),
-            {
-                name: _rms(gradients[name] - g) / max(_rms(g), 1e-3 * typical, 1e-30)
-                for name, g in exact_gradients.items()
-            },
+            _relative(output, exact_output),
+            {name: _relative(gradients[name], g, 1e-3 * typical) for name, g in exact_gradients.items()},
         )
 
     def own_errors(self, exact: tuple[Tensor, dict[str, Tensor]]) -> Errors:
-        """What the reference is off by in the precision of the case."""
-        if self.dtype != torch.float64:
-            return self.errors("reference", self.dtype, exact)
+        """What the reference is off by in the precision of the case: its parallel form, or token by token if worse."""
         # Nothing here is more exact than float64: its error is that of float32, shorter by the mantissas' difference.
-        shrink = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        output, gradients = self.errors("reference", torch.float32, exact)
+        dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
+        shrink = torch.finfo(self.dtype).eps / torch.finfo(dtype).eps
+        output, gradients = self.errors("reference", dtype, exact)
+        output = max(output, _relative(self.run("reference", dtype, unroll=True)[0], exact[0]))
         return Errors(output * shrink, {name: error * shrink for name, error in gradients.items()})
+
+
+def _relative(x: Tensor, exact: Tensor, floor: float = 0.0) -> float:
+    return _rms(x - exact) / max(_rms(exact), floor, 1e-30)
 
 
 def _rms(x: Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from architectures import fla
+from architectures import backends, fla
 from architectures.layers import merge_heads, split_heads, token_shift
 from architectures.mixer import SequenceMixer, default_num_heads, divide_heads
 from architectures.registry import register
@@ -106,7 +106,8 @@ class RWKV6(SequenceMixer):
         return RWKV6State(kv, torch.zeros(batch_size, self.d_model, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype))[0]
+        empty = self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype)
+        return self._run(x, empty, alone=True)[0]
 
     def prefill(self, x: Tensor, state: RWKV6State) -> tuple[Tensor, RWKV6State]:
         self.check_state(x, state)
@@ -116,11 +117,14 @@ class RWKV6(SequenceMixer):
         self.check_state(x, state)
         return self._run(x, state)
 
-    def _run(self, x: Tensor, state: RWKV6State) -> tuple[Tensor, RWKV6State]:
-        """x [B, T, D] or, one token, [B, D]."""
+    def _run(self, x: Tensor, state: RWKV6State, *, alone: bool = False) -> tuple[Tensor, RWKV6State]:
+        """x [B, T, D] or, one token, [B, D]; `alone`: the state after it is not wanted."""
         earlier, last = token_shift(x, state.shift)
         r, k, v, g, gate = self._project(x, earlier - x)
-        if self.backend_for(x) == "fla":
+        backend = self.backend_for(x)
+        if backend == "fla" and not alone and backends.wants_grad(r, k, v, g, state.kv):
+            backend = self.ran_beside("reference")  # fla's recurrent form drops the gradient of the final state
+        if backend == "fla":
             o, kv = fla.linear_recurrence(r, k, v, g, state.kv, bonus=self.bonus)
         else:
             o, kv = self._mix(r, k, v, g, state.kv)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from architectures.attention import SelfAttention, masked_attention
+from architectures.attention import SelfAttention, flash_attention, masked_attention
 from architectures.layers import merge_heads
 from architectures.registry import register
 
@@ -25,7 +25,7 @@ class SlidingWindow(SelfAttention):
     """Causal softmax attention over the last `window` tokens, the current one included.
 
     Longformer (arXiv:2004.05150), the baseline of Based (arXiv:2402.18668). The state is a ring buffer of
-    min(window, max_seq_len) keys and values: 2 window D elements.
+    min(window, max_seq_len) keys and values: 2 window D elements. With flash-attn the ring buffer is read by sdpa.
     """
 
     def __init__(
@@ -46,7 +46,12 @@ class SlidingWindow(SelfAttention):
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[1], device=x.device)
         q, k, v = self._project(x, positions)
-        return self.out_proj(merge_heads(self._attend(q, k, v, positions, positions, self.backend_for(x))))
+        backend = self.backend_for(x)
+        if backend == "flash-attn":
+            o = flash_attention(q, k, v, window=self.window)
+        else:
+            o = self._attend(q, k, v, positions, positions, backend)
+        return self.out_proj(merge_heads(o))
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> SlidingWindowState:
         like = self.like_parameters(device, dtype)
@@ -64,7 +69,10 @@ class SlidingWindow(SelfAttention):
         held = state.position - 1 - (state.position - 1 - slot) % slots
         keys = torch.cat([state.window_k.to(k.dtype), k], dim=1)
         values = torch.cat([state.window_v.to(v.dtype), v], dim=1)
-        o = self._attend(q, keys, values, positions, torch.cat([held, positions]), self.backend_for(x))
+        backend = self.backend_for(x)
+        if backend == "flash-attn":
+            backend = self.ran_beside("sdpa")  # a ring buffer is out of order, and partly empty: it needs the mask
+        o = self._attend(q, keys, values, positions, torch.cat([held, positions]), backend)
         kept = min(length, slots)
         into = positions[length - kept :] % slots
         window_k = state.window_k.index_copy_(1, into, k[:, length - kept :].to(state.window_k.dtype))
