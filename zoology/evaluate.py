@@ -28,7 +28,12 @@ def score(predict: Callable[[Labelled], Tensor], data: Labelled, batch_size: int
         scored = batch.targets != IGNORE_INDEX
         hits = (predict(batch) == batch.targets) & scored
         correct.append(hits.sum(1, dtype=torch.float64) / scored.sum(1))
-    per_example = torch.cat(correct).cpu()
+    return summarise(torch.cat(correct))
+
+
+def summarise(per_example: Tensor) -> Score:
+    """Mean, standard error and number of the accuracies of examples [N]."""
+    per_example = per_example.cpu()
     number = per_example.numel()
     spread = float(per_example.std()) / number**0.5 if number > 1 else float("nan")
     return Score(float(per_example.mean()), spread, number)

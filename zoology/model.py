@@ -6,6 +6,7 @@ Axes: B batch, T time, D model width, P labelled positions per example, V vocabu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ class Stack(NamedTuple):
 
     layers: tuple
     position: Tensor  # [], int64
+
+
+Pick = Callable[[Tensor], Tensor] | None  # [B, T, D] -> [B, P, D]
 
 
 class ChannelMixer(nn.Module):
@@ -63,8 +67,12 @@ class Block(nn.Module):
             else nn.Identity()
         )
 
-    def forward(self, x: Tensor, prefix_length: int = 0) -> Tensor:
-        return self._mix_channels(x + self.dropout(self.mixer(self.norm(x), **self._prefix(prefix_length))))
+    def forward(self, x: Tensor, prefix_length: int = 0, pick: Pick = None) -> Tensor:
+        y = self.mixer(self.norm(x), **self._prefix(prefix_length))
+        if pick is not None:
+            # What follows the mixer sees one token at a time: where few are asked for, only those go on.
+            x, y = pick(x), pick(y)
+        return self._mix_channels(x + self.dropout(y))
 
     def prefill(self, x: Tensor, state: State, prefix_length: int = 0) -> tuple[Tensor, State]:
         y, state = self.mixer.prefill(self.norm(x), state, **self._prefix(prefix_length))
@@ -113,13 +121,13 @@ class LanguageModel(nn.Module):
             x = x + self.positions(start + torch.arange(tokens.shape[1], device=tokens.device))
         return self.embed_dropout(x)
 
-    def hidden(self, tokens: Tensor, prefix_length: int = 0) -> Tensor:
-        """tokens [B, T] -> [B, T, D], normed: what the head reads."""
+    def hidden(self, tokens: Tensor, prefix_length: int = 0, pick: Pick = None) -> Tensor:
+        """tokens [B, T] -> [B, T, D], normed: what the head reads. With `pick`, only the positions it keeps."""
         check_prefix_length(prefix_length, tokens.shape[1])
         x = self.embed(tokens)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, prefix_length)
-        return self.norm(x)
+        return self.norm(self.blocks[-1](x, prefix_length, pick))
 
     def head(self, hidden: Tensor) -> Tensor:
         """[..., D] -> logits [..., V], with the weights of the embedding."""

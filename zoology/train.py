@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import copy
-import math
+import logging
 import time
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from zoology.config import DataConfig, RunConfig, Slice, TrainConfig
-from zoology.data import Labelled, epoch_batches, load_split, mask_prefix
-from zoology.evaluate import Score, score
+from zoology.checkpoint import read_checkpoint, write_checkpoint
+from zoology.config import DataConfig, RunConfig, Slice
+from zoology.data import Labelled, epoch_batches, load_split
+from zoology.evaluate import Score
+from zoology.loops import EagerLoop, Execution, TrainingDiverged, labelled_loss, learning_rate, score_slices
 from zoology.model import LanguageModel
-from zoology.tasks import IGNORE_INDEX
+from zoology.precision import check_precision, computing_in
+
+__all__ = [
+    "Epoch",
+    "Execution",
+    "Outcome",
+    "TrainingDiverged",
+    "labelled_loss",
+    "learning_rate",
+    "score_slices",
+    "train",
+]
+
+log = logging.getLogger("zoology")
 
 _MASK_STREAM = 1 << 32  # added to a run's seed: masks are drawn apart from the order of the batches
 
-
-class TrainingDiverged(RuntimeError):
-    """The loss stopped being a number; the message names epoch and step."""
+Mode = Literal["auto", "eager", "static", "graph", "compiled graph"]
 
 
 class Epoch(NamedTuple):
@@ -51,33 +62,7 @@ class Outcome(NamedTuple):
     examples_per_second: float
     peak_memory_bytes: int | None
     backends: dict[str, list[str]]
-
-
-def labelled_loss(
-    model: LanguageModel, batch: Labelled, prefix_length: int = 0, *, num_masked: int = 0, masked_weight: float = 0.0
-) -> Tensor:
-    """Mean cross-entropy over the labels of a batch; head and softmax run at labelled positions only.
-
-    Equal, gradients included, to the cross-entropy of `model(tokens)` against dense labels. The last `num_masked`
-    columns of labels are those of `mask_prefix`: a mean of their own, which counts `masked_weight` times.
-    """
-    logits = model.labelled_logits(batch.tokens, batch.positions, prefix_length)
-    asked = batch.targets.shape[1] - num_masked
-    loss = _cross_entropy(logits[:, :asked], batch.targets[:, :asked])
-    if num_masked:
-        loss = loss + masked_weight * _cross_entropy(logits[:, asked:], batch.targets[:, asked:])
-    return loss
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
-
-
-def learning_rate(config: TrainConfig, progress: float) -> float:
-    """Cosine from `lr` at progress 0 to `min_lr` at progress 1, or constant."""
-    if config.schedule == "constant":
-        return config.lr
-    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress))
+    execution: Execution = Execution()
 
 
 def train(
@@ -86,133 +71,163 @@ def train(
     device: torch.device | str = "cpu",
     on_epoch: Callable[[Epoch], Any] | None = None,
     load: Callable[[DataConfig, str], list[tuple[Slice, Labelled]]] = load_split,
+    checkpoint: Path | str | None = None,
+    mode: Mode = "auto",
 ) -> Outcome:
-    """Train and score one run. The same config gives the same numbers on the same device and versions.
+    """Train and score one run.
 
-    `on_epoch` is called after each epoch; `load` may keep datasets that several runs share. Raises
-    TrainingDiverged at a loss that is not finite.
+    On a CPU the same config gives the same numbers on the same versions. On a GPU sums of gradients may be added in
+    another order each time, so that runs of one config agree to rounding and drift apart from there.
+
+    Args:
+        on_epoch: called after each epoch.
+        load: may keep datasets that several runs share.
+        checkpoint: a file that is replaced after each epoch, before `on_epoch`. If it exists, the run goes on from
+            there: first `on_epoch` is called again for every epoch in it, so that whoever writes metrics starts a
+            new file. On a CPU a resumed run has the numbers of an uninterrupted one, bit for bit. The file is left
+            behind at the end: whoever keeps the outcome deletes it then.
+        mode: "eager" runs operation by operation, "graph" and "compiled graph" replay CUDA graphs of one training
+            step and one evaluation batch for each shape (see `zoology.graphs`), "static" is that step without a graph.
+            "auto" is eager on a CPU and the fastest that works on a GPU; `Outcome.execution` says which it was.
+
+    Raises:
+        TrainingDiverged: a loss is not finite.
+        ValueError: a precision that the device lacks, or a checkpoint of another run.
     """
     device = torch.device(device)
+    check_precision(config.train.precision, device)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), computing_in(config.train.precision, device):
         torch.manual_seed(config.seed)
-        return _train(config, device, on_epoch or (lambda epoch: None), load)
+        run = _Run(config, device, load, mode)
+        return run.finish(on_epoch or (lambda epoch: None), None if checkpoint is None else Path(checkpoint))
 
 
-def _train(
-    config: RunConfig,
-    device: torch.device,
-    on_epoch: Callable[[Epoch], Any],
-    load: Callable[[DataConfig, str], list[tuple[Slice, Labelled]]],
-) -> Outcome:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    model = LanguageModel(config.model).to(device)
-    splits = {
-        split: [(part, data.to(device)) for part, data in load(config.data, split)]
-        for split in ("train", "validation", "test")
-    }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
-    order = torch.Generator().manual_seed(config.seed)
-    masks = torch.Generator().manual_seed(config.seed + _MASK_STREAM)
-    epochs: list[Epoch] = []
-    best: tuple[float, int, dict] | None = None
-    stopped_early = False
-    for number in range(1, config.train.epochs + 1):
+class _Run:
+    """The state of a run between epochs."""
+
+    def __init__(self, config: RunConfig, device: torch.device, load: Callable, mode: Mode):
+        self.config, self.device = config, device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.model = LanguageModel(config.model).to(device)
+        self.order = torch.Generator().manual_seed(config.seed)
+        self.masks = torch.Generator().manual_seed(config.seed + _MASK_STREAM)
+        self.loop = self._make_loop(load, mode)
+        self.sizes = [data.tokens.shape[0] for _, data in self.loop.splits["train"]]
+        self.epochs: list[Epoch] = []
+        self.best: tuple[float, int, dict] | None = None
+        self.scores: dict[str, Score] | None = None  # on validation, of the current weights
+
+    def _make_loop(self, load: Callable, mode: Mode):
+        def splits():
+            return {
+                split: [(part, data.to(self.device)) for part, data in load(self.config.data, split)]
+                for split in ("train", "validation", "test")
+            }
+
+        reason = ""
+        if mode not in ("auto", "eager") or (mode == "auto" and self.device.type == "cuda"):
+            from zoology.graphs import fetch_loop
+
+            loop, reason = fetch_loop(self.config, self.device, splits, mode)
+            if loop is not None:
+                loop.load(self.model, self.config)
+                return loop
+        loop = EagerLoop(self.config, self.model, splits(), self.masks)
+        loop.execution = loop.execution._replace(reason=reason)
+        return loop
+
+    @property
+    def done(self) -> bool:
+        """Whether training is over."""
+        return len(self.epochs) == self.config.train.epochs or self._good_enough()
+
+    def _good_enough(self) -> bool:
+        threshold = self.config.train.stop_accuracy
+        return threshold is not None and bool(self.epochs) and self.epochs[-1].validation_accuracy > threshold
+
+    def finish(self, on_epoch: Callable[[Epoch], Any], checkpoint: Path | None) -> Outcome:
+        """Train to the end and score."""
+        if checkpoint is not None:
+            self._resume(checkpoint)
+            for epoch in self.epochs:
+                on_epoch(epoch)
+        while not self.done:
+            self._train_epoch()
+            if checkpoint is not None:
+                write_checkpoint(checkpoint, self.config.run_id, self._state())
+            on_epoch(self.epochs[-1])
+        if self.best is not None:
+            self.model.load_state_dict(self.best[2])
+            self.loop.restore(self.model)
+            self.scores = None
+        return self._outcome()
+
+    def _train_epoch(self) -> None:
+        config, number = self.config, len(self.epochs) + 1
         started = time.perf_counter()
-        loss, examples = _train_epoch(model, optimizer, splits["train"], config, number, order, masks)
+        shuffle, size = config.data.shuffle, config.data.batch_size
+        batches = list(epoch_batches(self.sizes, size, shuffle=shuffle, generator=self.order))
+        loss = self.loop.train_epoch(number, batches)
         seconds = time.perf_counter() - started
-        scores = score_slices(model, splits["validation"], config.data.batch_size)
-        accuracies = {label: result.accuracy for label, result in scores.items()}
+        self.scores = self.loop.score("validation")
+        accuracies = {label: result.accuracy for label, result in self.scores.items()}
         mean = sum(accuracies.values()) / len(accuracies)
         rate = learning_rate(config.train, (number - 1) / config.train.epochs)
-        epochs.append(Epoch(number, rate, loss, accuracies, mean, seconds, examples / seconds))
-        on_epoch(epochs[-1])
-        if config.train.select == "best" and (best is None or mean > best[0]):
-            best = (mean, number, copy.deepcopy(model.state_dict()))
-        if config.train.stop_accuracy is not None and mean > config.train.stop_accuracy:
-            stopped_early = number < config.train.epochs
-            break
-    if best is not None:
-        model.load_state_dict(best[2])
-    batch_size = config.data.batch_size
-    total = sum(epoch.train_seconds for epoch in epochs)
-    return Outcome(
-        model=model,
-        epochs=epochs,
-        selected_epoch=best[1] if best else len(epochs),
-        stopped_early=stopped_early,
-        validation=score_slices(model, splits["validation"], batch_size),
-        test=score_slices(model, splits["test"], batch_size),
-        train_seconds=total,
-        examples_per_second=len(epochs) * examples / total,
-        peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        backends={
-            f"{index}.{config.model.layer_at(index).name}": block.mixer.backends_used()
-            for index, block in enumerate(model.blocks)
-        },
-    )
+        self.epochs.append(Epoch(number, rate, loss, accuracies, mean, seconds, sum(self.sizes) / seconds))
+        if config.train.select == "best" and (self.best is None or mean > self.best[0]):
+            self.loop.export(self.model)
+            self.best = (mean, number, copy.deepcopy(self.model.state_dict()))
 
-
-def _train_epoch(
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    parts: list[tuple[Slice, Labelled]],
-    config: RunConfig,
-    number: int,
-    order: torch.Generator,
-    masks: torch.Generator,
-) -> tuple[float, int]:
-    """One pass over the training slices: mean loss and the number of examples seen."""
-    model.train()
-    sizes = [data.tokens.shape[0] for _, data in parts]
-    batches = list(epoch_batches(sizes, config.data.batch_size, shuffle=config.data.shuffle, generator=order))
-    device = parts[0][1].tokens.device
-    losses = torch.zeros(len(batches), device=device)
-    for step, (index, rows) in enumerate(batches):
-        done = number - 1 + (step / len(batches) if config.train.schedule == "step" else 0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.train, done / config.train.epochs)
-        part, data = parts[index]
-        loss = _batch_loss(model, part, data.rows(rows.to(device)), config.train, masks)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if config.train.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
-        optimizer.step()
-        losses[step] = loss.detach()
-    # One look at the losses an epoch: asking at each step would make a GPU wait for the host.
-    broken = (~losses.isfinite()).nonzero()
-    if len(broken):
-        step = int(broken[0])
-        raise TrainingDiverged(
-            f"the loss is {float(losses[step])} at epoch {number}, step {step + 1} of {len(batches)} "
-            f"(lr={config.train.lr}): a smaller learning rate or train.clip_norm may help"
+    def _outcome(self) -> Outcome:
+        validation = self.loop.score("validation") if self.scores is None else self.scores
+        test = self.loop.score("test")
+        self.loop.export(self.model)
+        total = sum(epoch.train_seconds for epoch in self.epochs)
+        peak = None
+        if self.device.type == "cuda":
+            peak = max(torch.cuda.max_memory_allocated(self.device), getattr(self.loop, "peak_memory_bytes", 0))
+        return Outcome(
+            model=self.model,
+            epochs=self.epochs,
+            selected_epoch=self.best[1] if self.best else len(self.epochs),
+            stopped_early=len(self.epochs) < self.config.train.epochs,
+            validation=validation,
+            test=test,
+            train_seconds=total,
+            examples_per_second=len(self.epochs) * sum(self.sizes) / total,
+            peak_memory_bytes=peak,
+            backends=self.loop.backends(),
+            execution=self.loop.execution,
         )
-    return float(losses.mean()), sum(sizes)
 
+    # -- checkpoints ----------------------------------------------------------------------------------------
 
-def _batch_loss(
-    model: LanguageModel, part: Slice, batch: Labelled, config: TrainConfig, masks: torch.Generator
-) -> Tensor:
-    """The training loss of a batch of one slice."""
-    prefix_length, masking = part.task.prefix_length, config.masked_prefix
-    if masking is None or prefix_length == 0:
-        return labelled_loss(model, batch, prefix_length)
-    masked = mask_prefix(batch, prefix_length, masking, masks)
-    added = masked.positions.shape[1] - batch.positions.shape[1]
-    return labelled_loss(model, masked, prefix_length, num_masked=added, masked_weight=masking.weight)
+    def _state(self) -> dict[str, Any]:
+        return {
+            "epochs": [epoch._asdict() for epoch in self.epochs],
+            "best": self.best,
+            "loop": self.loop.state_dict(),
+            "order": self.order.get_state(),
+            "masks": self.masks.get_state(),
+            "random": torch.get_rng_state(),
+            "device_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
 
-
-@torch.no_grad()
-def score_slices(model: LanguageModel, parts: list[tuple[Slice, Labelled]], batch_size: int) -> dict[str, Score]:
-    """Accuracy on every slice, in evaluation mode."""
-    model.eval()
-
-    def predict(batch: Labelled, prefix_length: int) -> Tensor:
-        return model.labelled_logits(batch.tokens, batch.positions, prefix_length).argmax(-1)
-
-    return {
-        part.label: score(partial(predict, prefix_length=part.task.prefix_length), data, batch_size)
-        for part, data in parts
-    }
+    def _resume(self, path: Path) -> None:
+        state = read_checkpoint(path, self.config.run_id)
+        if state is None:
+            return
+        kind = self.loop.state_dict()["kind"]
+        if state["loop"]["kind"] != kind or (state["device_random"] is None) != (self.device.type == "cpu"):
+            log.warning("checkpoint %s was written on another kind of device or loop: starting anew", path)
+            return
+        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+        self.best = None if state["best"] is None else tuple(state["best"])
+        self.loop.load_state_dict(state["loop"])
+        self.order.set_state(state["order"])
+        self.masks.set_state(state["masks"])
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["device_random"], self.device)

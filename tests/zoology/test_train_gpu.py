@@ -1,0 +1,345 @@
+"""The static step, its optimizer, precision and checkpoints: on a CPU without recording, on a GPU with it."""
+
+import pytest
+import torch
+from torch import nn
+
+import architectures
+from zoology.config import DataConfig, MaskedPrefix, ModelConfig, RunConfig, Slice, TrainConfig, layer
+from zoology.data import compact, gather_labels, load_split
+from zoology.graphs import PickLabelled, batch_loss, compile_apart, fetch_loop, forget_loops, reside
+from zoology.loops import labelled_loss
+from zoology.model import LanguageModel
+from zoology.optimizer import FlatAdamW
+from zoology.precision import check_precision
+from zoology.tasks import IGNORE_INDEX, MQAR, SetDisjointness
+from zoology.train import TrainingDiverged, train
+
+
+@pytest.fixture(autouse=True)
+def _no_loops_left():
+    forget_loops()
+    yield
+    forget_loops()
+
+
+def small_run(names=("base_conv", "attention"), *, seed=0, batch_size=24, model=None, **options):
+    """Slices of 60 and 30 examples in batches of 24: both end in a short batch. No dropout."""
+    short = MQAR(vocab_size=32, seq_len=16, num_kv_pairs=2)
+    long = MQAR(vocab_size=32, seq_len=24, num_kv_pairs=4)
+    model = {"embed_dropout": 0.0} | (model or {})
+    options = {"lr": 1e-2, "epochs": 2, "stop_accuracy": None} | options
+    return RunConfig(
+        architecture=names[-1],
+        model=ModelConfig(vocab_size=32, d_model=16, layers=[layer(name) for name in names], **model),
+        data=DataConfig(
+            train=[Slice(task=short, num_examples=60), Slice(task=long, num_examples=30)],
+            test=[Slice(task=short, num_examples=50, name="short"), Slice(task=long, num_examples=30, name="long")],
+            batch_size=batch_size,
+        ),
+        train=TrainConfig(**options),
+        seed=seed,
+    )
+
+
+def weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+# -- the static step ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clip_norm": 0.05},
+        {"schedule": "step", "min_lr": 1e-3},
+        {"model": {"channel_mixer": "swiglu", "norm": "rmsnorm", "n_layers": 3, "max_positions": 24}},
+    ],
+)
+def test_static_steps_are_eager_steps(options):
+    """Short batches, clipping, schedule and optimizer included; sums differ in their order only."""
+    eager, static = (train(small_run(**options), mode=mode) for mode in ("eager", "static"))
+    assert (eager.execution.mode, static.execution.mode) == ("eager", "static")
+    assert [e.loss for e in static.epochs] == pytest.approx([e.loss for e in eager.epochs], rel=2e-5)
+    assert torch.allclose(weights(static.model), weights(eager.model), rtol=0, atol=2e-5)
+    for split in ("validation", "test"):
+        assert getattr(static, split) == getattr(eager, split)
+
+
+def test_a_loop_serves_other_rates_and_seeds_with_their_own_numbers():
+    def numbers(outcome):
+        return [epoch.loss for epoch in outcome.epochs], outcome.test, weights(outcome.model).tolist()
+
+    configs = [small_run(lr=1e-2), small_run(lr=3e-3, seed=1, epochs=3), small_run(lr=1e-2)]
+    shared = [train(config, mode="static") for config in configs]
+    assert [outcome.execution.reused for outcome in shared] == [False, True, True]
+    assert shared[1].execution.build_seconds == 0
+    assert numbers(shared[0]) == numbers(shared[2])
+    forget_loops()
+    alone = train(configs[1], mode="static")
+    assert not alone.execution.reused
+    assert numbers(alone) == numbers(shared[1])
+
+
+def test_another_model_decay_or_precision_is_another_loop():
+    loops = [
+        fetch_loop(config, torch.device("cpu"), lambda config=config: load_splits(config), "static")[0]
+        for config in (small_run(), small_run(weight_decay=0.0), small_run(precision="bf16"), small_run(("attention",)))
+    ]
+    assert len({id(loop) for loop in loops}) == 4
+    again = fetch_loop(small_run(("attention",), lr=1.0), torch.device("cpu"), None, "static")[0]
+    assert again is loops[3]
+
+
+def load_splits(config):
+    return {split: load_split(config.data, split) for split in ("train", "validation", "test")}
+
+
+def test_the_best_epoch_is_restored():
+    config = small_run(epochs=5, select="best", lr=3e-2)
+    eager, static = (train(config, mode=mode) for mode in ("eager", "static"))
+    assert static.selected_epoch == eager.selected_epoch
+    assert static.validation == eager.validation
+    best = max(epoch.validation_accuracy for epoch in static.epochs)
+    assert sum(score.accuracy for score in static.validation.values()) / 2 == pytest.approx(best)
+
+
+def test_a_loss_that_is_no_number_names_the_step():
+    with pytest.raises(TrainingDiverged, match=r"epoch 1, step \d of 5 \(lr=1e\+30\)"):
+        train(small_run(lr=1e30), mode="static")
+
+
+def test_filling_rows_count_for_nothing():
+    torch.manual_seed(0)
+    model = LanguageModel(small_run().model).double()
+    data = gather_labels(MQAR(vocab_size=32, seq_len=16, num_kv_pairs=2).sample(5, seed=0))
+    order = torch.tensor([[0, 1, 2], [4, -1, 3]], dtype=torch.int32)
+    counter = torch.ones(1, dtype=torch.int64)
+    batch_loss(model, reside(data), order, counter, None, 0, "fp32").backward()
+    filled = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    labelled_loss(model, data.rows(torch.tensor([4, 3]))).backward()
+    for one, other in zip(filled, model.parameters()):
+        assert torch.allclose(one, other.grad, rtol=1e-9, atol=1e-14)
+
+
+def test_picking_has_the_gradient_of_gathering():
+    batch = MQAR(vocab_size=32, seq_len=16, num_kv_pairs=3).sample(4, seed=0)
+    batch.labels[2, batch.labels[2].ne(IGNORE_INDEX).nonzero()[:2, 0]] = IGNORE_INDEX
+    batch.labels[3, 0] = 5  # a true label where padding labels point to
+    data = gather_labels(batch)
+    resident = reside(data)
+    positions, targets = data.positions.long(), data.targets.long()
+    x = torch.randn(4, 16, 8, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(4, positions.shape[1], 8, dtype=torch.float64) * (targets != IGNORE_INDEX)[..., None]
+    index = positions[..., None].expand(-1, -1, 8)
+    wanted = torch.autograd.grad(x.gather(1, index), x, upstream)[0]
+    picked = PickLabelled.apply(x, positions, resident.slots.long())
+    assert torch.equal(picked, x.gather(1, index))
+    assert torch.equal(torch.autograd.grad(picked, x, upstream)[0], wanted)
+
+
+def test_numbers_are_kept_in_the_smallest_type():
+    assert compact(torch.tensor([-100, 32767])).dtype == torch.int16
+    assert compact(torch.tensor([0, 32768])).dtype == torch.int32
+    assert compact(torch.tensor([0, 32768])).tolist() == [0, 32768]
+
+
+@pytest.mark.parametrize("names", [("base_conv", "attention"), ("sliding_window", "based")])
+def test_the_loss_is_one_graph(names):
+    """What torch.compile traces without a break computes the same loss and gradients."""
+    torch.manual_seed(0)
+    model = LanguageModel(small_run(names).model)
+    data = reside(gather_labels(MQAR(vocab_size=32, seq_len=16, num_kv_pairs=2).sample(5, seed=0)))
+    order, counter = torch.tensor([[0, 3, -1, 1]], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+
+    def loss(*columns):
+        return batch_loss(model, type(data)(*columns), order, counter, None, 0, "fp32")
+
+    plain = torch.autograd.grad(loss(*data), list(model.parameters()))
+    traced = compile_apart(loss, backend="aot_eager")
+    for one, other in zip(torch.autograd.grad(traced(*data), list(model.parameters())), plain):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", architectures.names())
+def test_every_architecture_has_a_static_step(name):
+    config = small_run((name,), epochs=1, lr=1e-3)
+    eager, static = (train(config, mode=mode) for mode in ("eager", "static"))
+    assert [e.loss for e in static.epochs] == pytest.approx([e.loss for e in eager.epochs], rel=1e-4)
+    assert torch.allclose(weights(static.model), weights(eager.model), rtol=0, atol=1e-4)
+
+
+def test_what_cannot_run_as_a_graph_runs_without_and_says_why(caplog):
+    """On a CPU nothing can be recorded: every rung of the ladder fails and is logged."""
+    loop, reason = fetch_loop(small_run(), torch.device("cpu"), lambda: load_splits(small_run()), "auto")
+    assert loop is None
+    assert [clause.partition(":")[0] for clause in reason.split("; ")] == ["compiled graph", "graph"]
+    assert [record.args[:2] for record in caplog.records] == [("attention", "compiled graph"), ("attention", "graph")]
+
+
+def test_a_named_mode_is_run_or_refused():
+    task = SetDisjointness(vocab_size=64, first_size=4, second_size=8)
+    part = Slice(task=task, num_examples=20)
+    config = RunConfig(
+        architecture="attention",
+        model=ModelConfig(vocab_size=64, d_model=16, layers=[layer("attention")]),
+        data=DataConfig(train=[part], test=[part]),
+        train=TrainConfig(lr=1e-3, epochs=1, masked_prefix=MaskedPrefix()),
+    )
+    with pytest.raises(ValueError, match=r"train.masked_prefix draws its masks on the host"):
+        train(config, mode="static")
+    assert train(config).execution.mode == "eager"
+
+
+# -- the optimizer ------------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    """A large and some small parameters, one of them without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.large = nn.Linear(300, 250)
+        self.small = nn.Linear(250, 3)
+        self.unused = nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        return self.small(torch.tanh(self.large(x))).square().sum()
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_flat_adamw_is_adamw(clip_norm):
+    torch.manual_seed(0)
+    flat, plain = Two(), Two()
+    plain.load_state_dict(flat.state_dict())
+    names = [name for name, _ in flat.named_parameters() if name != "unused"]
+    ours = FlatAdamW(flat, names, weight_decay=0.1, clip_norm=clip_norm)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1.0, weight_decay=0.1)
+    for step in range(1, 6):
+        lr, x = 0.01 / step, torch.randn(4, 300)
+        grads = torch.autograd.grad(flat(x), ours.parameters)
+        with torch.no_grad():
+            ours.step(grads, torch.tensor(ours.scalars_at(step, lr)))
+        theirs.zero_grad()
+        theirs.param_groups[0]["lr"] = lr
+        plain(x).backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(plain.parameters(), clip_norm)
+        theirs.step()
+    assert len(ours.vectors) == 2
+    for (name, one), other in zip(flat.named_parameters(), plain.parameters()):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7), name
+
+
+def test_linear_layers_read_a_bfloat16_copy_that_follows_the_master():
+    torch.manual_seed(0)
+    model = Two()
+    names = [name for name, _ in model.named_parameters() if name != "unused"]
+    before = model.small.weight.detach().clone()
+    optimizer = FlatAdamW(model, names, weight_decay=0.0, clip_norm=None, low_precision=torch.bfloat16)
+    assert model.small.weight.dtype == torch.bfloat16
+    grads = torch.autograd.grad(model(torch.randn(4, 300).bfloat16()), optimizer.parameters)
+    assert grads[names.index("small.weight")].dtype == torch.bfloat16
+    with torch.no_grad():
+        # Far below what bfloat16 could add up.
+        for step in range(1, 9):
+            optimizer.step(grads, torch.tensor(optimizer.scalars_at(step, 1e-5)))
+    master = optimizer.masters["small.weight"]
+    moved = (master - before)[grads[names.index("small.weight")] != 0].abs()
+    assert torch.allclose(moved, torch.full_like(moved, 8e-5), rtol=1e-2)
+    assert torch.equal(model.small.weight, master.bfloat16())
+
+
+# -- precision ----------------------------------------------------------------------------------------------
+
+
+def test_bf16_is_near_fp32_and_keeps_float32_weights():
+    full = train(small_run(epochs=3), mode="static")
+    for mode in ("static", "eager"):
+        low = train(small_run(epochs=3, precision="bf16"), mode=mode)
+        assert {parameter.dtype for parameter in low.model.parameters()} == {torch.float32}
+        for one, other in zip(low.epochs, full.epochs):
+            assert one.loss != other.loss
+            assert one.loss == pytest.approx(other.loss, rel=2e-2)
+
+
+def test_a_precision_the_device_lacks_is_refused_at_the_start():
+    with pytest.raises(ValueError, match=r"train.precision='tf32': a mode of NVIDIA tensor cores, .* allowed: fp32"):
+        train(small_run(precision="tf32"))
+    with pytest.raises(ValueError, match="precision='fp8': must be one of fp32, tf32, bf16"):
+        check_precision("fp8", "cpu")
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupted(config, path, after, **options):
+    """Train, be killed right after epoch `after`, and go on; the outcome and the epochs that were reported then."""
+
+    def die(epoch):
+        if epoch.epoch == after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, checkpoint=path, on_epoch=die, **options)
+    seen = []
+    return train(config, checkpoint=path, on_epoch=seen.append, **options), seen
+
+
+@pytest.mark.parametrize("mode", ["eager", "static"])
+@pytest.mark.parametrize("options", [{}, {"select": "best", "schedule": "step"}])
+def test_a_resumed_run_is_an_uninterrupted_one_bit_for_bit(tmp_path, mode, options):
+    config = small_run(epochs=4, model={"embed_dropout": 0.1, "resid_dropout": 0.1}, **options)
+    whole = train(config, mode=mode)
+    forget_loops()
+    resumed, seen = interrupted(config, tmp_path / "state.pt", 2, mode=mode)
+    assert [(e.epoch, e.loss, e.validation) for e in seen] == [(e.epoch, e.loss, e.validation) for e in whole.epochs]
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert (resumed.test, resumed.validation) == (whole.test, whole.validation)
+    assert resumed.selected_epoch == whole.selected_epoch
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_finished_run_is_only_scored_again(tmp_path):
+    config, path = small_run(), tmp_path / "state.pt"
+    first, again = (train(config, checkpoint=path) for _ in range(2))
+    assert again.epochs == first.epochs
+    assert (again.test, again.validation) == (first.test, first.validation)
+
+
+def test_a_kill_while_the_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    config, path = small_run(epochs=3), tmp_path / "state.pt"
+    whole = train(config)
+    save, calls = torch.save, []
+
+    def half(state, file):
+        calls.append(len(state["epochs"]))
+        if len(calls) == 2:
+            file.write(b"half")
+            raise Killed
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(Killed):
+        train(config, checkpoint=path)
+    assert train(config, checkpoint=path).test == whole.test
+    assert calls == [1, 2, 2, 3]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "state.pt"
+    train(small_run(epochs=1), checkpoint=path)
+    other = small_run(epochs=1, seed=1)
+    with pytest.raises(ValueError, match=f"allowed is run {other.run_id}, version 1"):
+        train(other, checkpoint=path)
+    path.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"state.pt cannot be read \(.*\): delete it"):
+        train(other, checkpoint=path)

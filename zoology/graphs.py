@@ -1,0 +1,408 @@
+"""The fast loop: one static training step, compiled, recorded as a CUDA graph, and replayed without a host in between.
+
+Everything a step needs is on the device before the epoch starts: the data in small integers, a table of the rows of
+every batch, a table of learning rates. A step reads its number from a counter on the device, so that replaying the
+same graph goes through the epoch. Shapes are the same at each step: the last, short batch of a slice is filled with
+rows that have no labels. Learning rates, seeds, epochs and schedules are data, not code: runs that differ in nothing
+else share one loop, which `fetch_loop` keeps.
+
+On a CPU, or with `captured=False`, the same step runs without recording.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels.linear_cross_entropy import choose_loss_backend
+from zoology.config import RunConfig, Slice
+from zoology.data import Labelled, compact
+from zoology.evaluate import Score, summarise
+from zoology.loops import Batches, Execution, Splits, backends_used, check_losses, epoch_rates
+from zoology.model import LanguageModel
+from zoology.optimizer import FlatAdamW
+from zoology.precision import autocast, computing_in
+from zoology.tasks import IGNORE_INDEX
+
+log = logging.getLogger("zoology")
+
+KEPT_LOOPS = 2
+"""How many loops a process keeps for later runs; each holds its graphs' memory."""
+
+EVALUATION_TOKENS = 1 << 16
+"""Tokens of an evaluation batch at most: long test sequences must not need more memory than training."""
+
+
+class Resident(NamedTuple):
+    """A slice on the device: `Labelled` in small integers, and at each position [N, T] which label it has, or -1."""
+
+    tokens: Tensor
+    positions: Tensor
+    targets: Tensor
+    slots: Tensor
+
+
+def reside(data: Labelled) -> Resident:
+    """The columns of `data` and the inverse of its positions."""
+    tokens, positions, targets = (compact(tensor) for tensor in data)
+    n, length = tokens.shape
+    # Padding labels go to a column of their own, which is then dropped.
+    at = positions.long().masked_fill(targets == IGNORE_INDEX, length)
+    slots = torch.full((n, length + 1), -1, dtype=positions.dtype, device=tokens.device)
+    numbers = torch.arange(positions.shape[1], dtype=positions.dtype, device=tokens.device)
+    slots.scatter_(1, at, numbers.expand(n, -1))
+    return Resident(tokens, positions, targets, slots[:, :length].contiguous())
+
+
+class PickLabelled(torch.autograd.Function):
+    """x [B, T, D] -> x at positions [B, P]; the gradient reads its own column by `slots` [B, T]: no atomics, no zeros.
+
+    Columns of padding labels must have zero gradient, as labels that a loss ignores have.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (slots,) = ctx.saved_tensors
+        at = slots.clamp_min(0)[..., None].expand(-1, -1, grad.shape[-1])
+        return torch.where((slots >= 0)[..., None], grad.gather(1, at), 0), None, None
+
+
+def batch_loss(
+    model: LanguageModel,
+    data: Resident,
+    order: Tensor,
+    counter: Tensor,
+    head: Tensor | None,
+    prefix_length: int,
+    precision: str,
+) -> Tensor:
+    """The training loss of batch `counter` [1] of `order` [steps, B]; rows of -1 are filling and count for nothing.
+
+    `head` [V, D] is the embedding in the dtype that logits are computed in, if that is not its own.
+    """
+    rows = order.index_select(0, counter)[0].long()
+    used = (rows >= 0)[:, None]
+    rows = rows.clamp_min(0)
+    tokens, positions, slots = (tensor[rows].long() for tensor in (data.tokens, data.positions, data.slots))
+    targets = torch.where(used, data.targets[rows].long(), IGNORE_INDEX)
+
+    def pick(x: Tensor) -> Tensor:
+        return PickLabelled.apply(x, positions, slots)
+
+    with autocast(precision, tokens.device):
+        hidden = model.hidden(tokens, prefix_length, pick).flatten(0, 1)
+    weight = model.embedding.weight
+    hidden = hidden.to(weight.dtype if head is None else head.dtype)
+    return kernels.linear_cross_entropy(hidden, weight, targets.flatten(), weight_copy=head, ignore_index=IGNORE_INDEX)
+
+
+class StaticLoop:
+    """Training and evaluation of one model on one set of data, at static shapes; see the module's docstring.
+
+    Raises ValueError for what it cannot run, and whatever compiling or recording raises.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device, splits: Splits, *, compiled: bool, captured: bool):
+        if config.train.masked_prefix is not None:
+            raise ValueError("train.masked_prefix draws its masks on the host")
+        started = time.perf_counter()
+        self.config, self.device, self.splits = config, device, splits
+        self.compiled, self.captured = compiled, captured
+        self.precision = config.train.precision
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self.model = LanguageModel(config.model).to(device)
+            self._build()
+        mode = next(name for name, flags in MODES.items() if flags == (compiled, captured))
+        hidden = torch.empty(1, config.model.d_model, device=device, dtype=self.compute_dtype)
+        self.execution = Execution(mode, choose_loss_backend("auto", hidden), "", time.perf_counter() - started)
+        self.peak_memory_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    # -- building -------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        data, device = self.config.data, self.device
+        self.parts = [(part, reside(labelled)) for part, labelled in self.splits["train"]]
+        steps = sum(-(-part.tokens.shape[0] // data.batch_size) for _, part in self.parts)
+        self.order = torch.zeros(steps, data.batch_size, dtype=torch.int32, device=device)
+        self.scalars = torch.zeros(steps, 3, device=device)
+        self.losses = torch.zeros(steps, device=device)
+        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+        names = self._probe()
+        self.optimizer = FlatAdamW(
+            self.model,
+            names,
+            weight_decay=self.config.train.weight_decay,
+            clip_norm=self.config.train.clip_norm,
+            low_precision=torch.bfloat16 if self.precision == "bf16" else None,
+            wrap=compile_apart if self.compiled else lambda function: function,
+        )
+        self.head = self.optimizer.copies.get("embedding.weight")
+        self.pool = torch.cuda.graph_pool_handle() if self.captured else None
+        self._steps = [
+            self._record(self._training_step(part, resident), train=True, counter=self.counter, recorded=self.captured)
+            for part, resident in self.parts
+        ]
+        # Test slices are scored once a run: recording them would take longer than it saves.
+        self._evaluations = {
+            split: {
+                part.label: Evaluation(self, part, labelled, recorded=self.captured and split == "validation")
+                for part, labelled in self.splits[split]
+            }
+            for split in ("validation", "test")
+        }
+
+    def _probe(self) -> list[str]:
+        """Names of the parameters that get a gradient. Runs each length once: every mixer then knows its backend."""
+        self.model.train()
+        first_two = torch.arange(2, dtype=torch.int32, device=self.device)[None]
+        for part, resident in {part.task.seq_len: (part, resident) for part, resident in self.parts}.values():
+            first = first_two[:, : resident.tokens.shape[0]]
+            head = None if self.precision != "bf16" else self.model.embedding.weight.detach().bfloat16()
+            loss = batch_loss(self.model, resident, first, self.counter, head, part.task.prefix_length, self.precision)
+            loss.backward()
+        found = dict(self.model.named_parameters())
+        for name, parameter in found.items():
+            if parameter.dtype != torch.float32:
+                raise ValueError(f"parameter {name} is {parameter.dtype}, the static loop keeps float32 weights")
+        names = [name for name, parameter in found.items() if parameter.grad is not None]
+        self.model.zero_grad(set_to_none=True)
+        return names
+
+    def _training_step(self, part: Slice, resident: Resident) -> Callable[[], None]:
+        def loss_of_batch(*tensors: Tensor | None) -> Tensor:
+            *columns, order, counter, head = tensors
+            return batch_loss(
+                self.model, Resident(*columns), order, counter, head, part.task.prefix_length, self.precision
+            )
+
+        compute = compile_apart(loss_of_batch) if self.compiled else loss_of_batch
+
+        def step() -> None:
+            loss = compute(*resident, self.order, self.counter, self.head)
+            grads = torch.autograd.grad(loss, self.optimizer.parameters)
+            with torch.no_grad():
+                self.optimizer.step(grads, self.scalars.index_select(0, self.counter)[0])
+                self.losses.index_copy_(0, self.counter, loss.detach().to(self.losses.dtype)[None])
+                self.counter += 1
+
+        return step
+
+    def _record(
+        self, function: Callable[[], None], *, train: bool, counter: Tensor, recorded: bool
+    ) -> Callable[[], None]:
+        """`function` as a CUDA graph to replay, after it ran twice; a plain call of it if it is not `recorded`."""
+
+        def run() -> None:
+            self.model.train(train)
+            with torch.set_grad_enabled(train), computing_in(self.precision, self.device):
+                function()
+
+        if not recorded:
+            return run
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                counter.zero_()
+                run()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            run()
+        return graph.replay
+
+    # -- running --------------------------------------------------------------------------------------------
+
+    def load(self, model: LanguageModel, config: RunConfig) -> None:
+        """Start the run `config` from the weights of `model`."""
+        self.config = config
+        self.restore(model)
+
+    def train_epoch(self, number: int, batches: Batches) -> float:
+        """One pass over the batches: their mean loss. The host waits for the device once, at the end."""
+        rows = torch.full(self.order.shape, -1, dtype=torch.int32)
+        for step, (_, part) in enumerate(batches):
+            rows[step, : len(part)] = part
+        first = self.optimizer.steps + 1
+        rates = epoch_rates(self.config.train, number, len(batches))
+        self.order.copy_(rows)
+        self.scalars.copy_(torch.tensor([self.optimizer.scalars_at(first + i, rate) for i, rate in enumerate(rates)]))
+        self.counter.zero_()
+        for index, _ in batches:
+            self._steps[index]()
+        self.optimizer.steps += len(batches)
+        return check_losses(self.losses.cpu(), number, self.config.train)
+
+    def score(self, split: str) -> dict[str, Score]:
+        """Accuracy on every slice of a split."""
+        return {label: evaluation.score() for label, evaluation in self._evaluations[split].items()}
+
+    def predict(self, batch: Labelled, prefix_length: int) -> Tensor:
+        """Predicted symbols [B, P]. The head computes in float32 (or TF32), whose logits hardly ever tie."""
+
+        def pick(x: Tensor) -> Tensor:
+            return x.gather(1, batch.positions[..., None].expand(-1, -1, x.shape[-1]))
+
+        with autocast(self.precision, self.device):
+            hidden = self.model.hidden(batch.tokens, prefix_length, pick)
+        weight = self.model.embedding.weight
+        symbols = kernels.linear_argmax(hidden.flatten(0, 1).to(weight.dtype), weight)
+        return symbols.view(batch.positions.shape)
+
+    @torch.no_grad()
+    def restore(self, model: LanguageModel) -> None:
+        """Take the weights of `model`; the optimizer starts anew."""
+        weights = dict(model.named_parameters())
+        self.optimizer.load(weights)
+        for name, parameter in self.model.named_parameters():
+            if name not in self.optimizer.masters:
+                parameter.copy_(weights[name])
+        for buffer, value in zip(self.model.buffers(), model.buffers(), strict=True):
+            buffer.copy_(value)
+
+    def export(self, model: LanguageModel) -> None:
+        """Write the current weights, in float32, into `model`."""
+        model.load_state_dict(self.model.state_dict() | self.optimizer.masters)
+
+    def backends(self) -> dict[str, list[str]]:
+        return backends_used(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimizer, to go on from here."""
+        buffers = [buffer.cpu().clone() for buffer in self.model.buffers()]
+        return {"kind": "static", "optimizer": self.optimizer.state_dict(), "buffers": buffers}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        for buffer, value in zip(self.model.buffers(), state["buffers"], strict=True):
+            buffer.copy_(value)
+
+
+class Evaluation:
+    """Scores one slice batch by batch, each example's accuracy in a buffer on the device."""
+
+    def __init__(self, loop: StaticLoop, part: Slice, labelled: Labelled, *, recorded: bool):
+        self.loop, self.prefix_length = loop, part.task.prefix_length
+        self.data = Labelled(*(compact(tensor) for tensor in labelled))
+        self.number, length = self.data.tokens.shape
+        size = max(1, min(loop.config.data.batch_size, EVALUATION_TOKENS // length, self.number))
+        self.batches = -(-self.number // size)
+        device = loop.device
+        self.accuracies = torch.zeros(self.batches * size, dtype=torch.float64, device=device)
+        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self.offsets = torch.arange(size, device=device)
+        self.run = loop._record(self._batch, train=False, counter=self.counter, recorded=recorded)
+
+    def _batch(self) -> None:
+        at = self.counter * len(self.offsets) + self.offsets
+        # The last batch repeats the last example; `score` leaves the repetitions out.
+        batch = self.data.rows(at.clamp(max=self.number - 1))
+        scored = batch.targets != IGNORE_INDEX
+        hits = (self.loop.predict(batch, self.prefix_length) == batch.targets) & scored
+        self.accuracies.index_copy_(0, at, hits.sum(1, dtype=torch.float64) / scored.sum(1))
+        self.counter += 1
+
+    def score(self) -> Score:
+        self.counter.zero_()
+        for _ in range(self.batches):
+            self.run()
+        return summarise(self.accuracies[: self.number])
+
+
+def compile_apart(function: Callable, backend: str = "inductor") -> Callable:
+    """`torch.compile` of a function with a code object of its own.
+
+    PyTorch keeps compiled variants by code object and gives up on one that has many: here each model and shape is
+    one, and what was compiled is freed with the function.
+    """
+    _keep_compiled_code()
+    apart = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    apart.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(apart, fullgraph=True, dynamic=False, backend=backend)
+
+
+def _keep_compiled_code() -> None:
+    """Let compiled code outlive the machine's next start: in the user's cache folder, unless told otherwise."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(home) / "zoology" / "inductor"))
+
+
+MODES = {"compiled graph": (True, True), "graph": (False, True), "static": (False, False)}
+_loops: OrderedDict[str, StaticLoop] = OrderedDict()
+
+
+def fetch_loop(
+    config: RunConfig, device: torch.device, splits: Callable[[], Splits], mode: str
+) -> tuple[StaticLoop | None, str]:
+    """A static loop for this run, and why it is not faster, or none; kept for the runs that follow.
+
+    `mode` is one of `MODES`, which is built or raises, or "auto": the fastest that can be built, each failure being
+    logged. Out of memory is always raised, after giving up the loops that are kept.
+    """
+    key = "\n".join(
+        (
+            config.model.model_dump_json(),
+            config.data.model_dump_json(),
+            config.train.model_dump_json(include={"weight_decay", "clip_norm", "precision", "masked_prefix"}),
+            f"{device} {mode}",
+        )
+    )
+    if key in _loops:
+        _loops.move_to_end(key)
+        loop = _loops[key]
+        loop.execution = loop.execution._replace(build_seconds=0.0, reused=True)
+        return loop, loop.execution.reason
+    while len(_loops) >= KEPT_LOOPS:
+        _loops.popitem(last=False)
+    wanted = ["compiled graph", "graph"] if mode == "auto" else [mode]
+    reasons = []
+    for name in wanted:
+        compiled, captured = MODES[name]
+        try:
+            loop = StaticLoop(config, device, splits(), compiled=compiled, captured=captured)
+        except torch.OutOfMemoryError:
+            _loops.clear()
+            raise
+        except Exception as error:
+            if mode != "auto":
+                raise
+            first_line = str(error).strip().partition("\n")[0]
+            reasons.append(f"{name}: {type(error).__name__}: {first_line}")
+            log.warning("%s cannot run as a %s, trying without: %s", config.architecture, name, first_line)
+            log.debug("", exc_info=True)
+            continue
+        loop.execution = loop.execution._replace(reason="; ".join(reasons))
+        _loops[key] = loop
+        return loop, loop.execution.reason
+    return None, "; ".join(reasons)
+
+
+def forget_loops() -> None:
+    """Free every loop that is kept, and its memory on the device."""
+    _loops.clear()
