@@ -14,7 +14,6 @@ from architectures.mixer import SequenceMixer, divide_heads
 from architectures.registry import register
 from kernels.taylor_linear_attention import autocast_inputs
 
-
 MAX_FLASH_HEAD_DIM = 256
 
 

@@ -53,10 +53,11 @@ def missing(backend: str) -> str | None:
 
 def refusal(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch.dtype, seq_len: int) -> str | None:
     """Why `backend` cannot run this mixer on this input, or None if it can. Nothing is run or imported to find out."""
-    if reason := missing(backend):
-        return reason
+    reason = missing(backend)
     if backend in NEEDS_CUDA and device.type != "cuda":
-        return f"needs a CUDA device, the input is on {device.type!r}"
+        return f"needs a CUDA device, the input is on {device.type!r}" + (f"; {reason}" if reason else "")
+    if reason:
+        return reason
     return mixer.unsupported(backend, device=device, dtype=dtype, seq_len=seq_len)
 
 

@@ -6,7 +6,6 @@ by when it runs in the same precision.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 from collections.abc import Iterator
@@ -153,8 +152,8 @@ class _Case:
         keep = self.kept if autocast else dtype
         twin.to(keep)
         x = self.x.detach().to(keep).requires_grad_(not self.decode)
-        context = torch.autocast(self.device.type, dtype) if autocast else contextlib.nullcontext()
-        with context:
+        # Switched off where it is not wanted: the caller may be inside an autocast region.
+        with torch.autocast(self.device.type, dtype if autocast else torch.bfloat16, enabled=autocast):
             if self.decode or unroll:
                 return self._decode(twin, x, x.shape[1] if unroll else DECODED).double(), {}
             y = twin(x)
