@@ -188,15 +188,16 @@ class RunConfig(Schema):
     @property
     def run_id(self) -> str:
         """12 hex digits that identify the run: the hash of its whole config, the tasks' versions included."""
-        return _digest(self.model_dump(mode="json"), self.data.hashes(), SCHEMA_VERSION)
+        return self._identity(self.train.model_dump(mode="json"), self.seed)
 
     @property
     def point_id(self) -> str:
         """12 hex digits shared by the runs that differ in learning rate and seed only."""
-        config = self.model_dump(mode="json")
-        config.pop("seed")
-        config["train"].pop("lr")
-        return _digest(config, self.data.hashes(), SCHEMA_VERSION)
+        return self._identity(self.train.model_dump(mode="json", exclude={"lr"}))
+
+    def _identity(self, *parts: Any) -> str:
+        shared = (_shared_digest(_Same(self.model)), _shared_digest(_Same(self.data)))
+        return _digest(SCHEMA_VERSION, self.architecture, *shared, *parts)
 
 
 def layer_options_text(model: dict[str, Any]) -> str:
@@ -212,9 +213,28 @@ def learning_rates(low: float, high: float, count: int) -> list[float]:
     return [float(f"{rate:.6g}") for rate in np.logspace(low, high, count)]
 
 
+class _Same:
+    """A cache key that stands for one frozen config: comparing identities is cheaper than comparing contents."""
+
+    def __init__(self, config: ModelConfig | DataConfig):
+        self.config = config
+
+    def __hash__(self) -> int:
+        return id(self.config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.config is other.config
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared_digest(same: _Same) -> str:
+    """The hash of a part that many runs share, the hashes of its datasets included."""
+    config = same.config
+    return _digest(config.model_dump(mode="json"), config.hashes() if isinstance(config, DataConfig) else None)
+
+
 @functools.lru_cache(maxsize=64)
 def _dataset_hashes(config: DataConfig) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Cached: thousands of runs share a few data configs."""
     splits = (("train", config.train), ("validation", config.validation), ("test", config.test))
     return tuple(
         (split, tuple(dataset_hash(part.task, split, part.num_examples, config.seed) for part in parts))

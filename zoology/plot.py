@@ -18,7 +18,7 @@ from zoology import results
 # Okabe and Ito's palette (Color Universal Design), black first; yellow is left out: it vanishes on white. Markers and
 # line styles repeat with other periods, so that a family is told apart without its colour too.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A4B9A")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (8, 2)))
 
 
@@ -31,7 +31,7 @@ class Style(NamedTuple):
 
 
 def styles(names: Sequence[str]) -> dict[str, Style]:
-    """A style for each name, by the order of the names: no two of the first 40 look the same."""
+    """A style for each name, by the order of the names: no two of the first 440 look the same."""
     return {
         name: Style(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], LINES[index % len(LINES)])
         for index, name in enumerate(names)
@@ -176,9 +176,10 @@ def _state_limits(frame: pd.DataFrame, table: pd.DataFrame) -> tuple[float, floa
 
 
 def slice_title(frame: pd.DataFrame, name: str) -> str:
-    """A slice for readers: "16 pairs, length 64" for MQAR with default options, else its name."""
+    """A slice for readers: "16 pairs, length 64" for MQAR whose other options are the defaults, else its name."""
     part = frame[frame["slice"] == name].iloc[0]
-    if part["task"] == "mqar" and name.startswith("mqar "):
+    task, *options = name.split(" ")
+    if part["task"] == task == "mqar" and {option.split("=")[0] for option in options} <= {"seq_len", "num_kv_pairs"}:
         return f"{int(part['num_kv_pairs'])} pairs, length {int(part['seq_len']):,}"
     return name
 

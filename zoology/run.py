@@ -78,10 +78,10 @@ def sweep(options: dict[str, Any]) -> int:
         devices = plan.resolve_devices(options["device"])
         scale, why = plan.choose_scale(options["scale"], devices != ["cpu"])
         _say(console, why)
-        runs, points = planned_runs(options, scale, devices[0])
+        configs, points = chosen_runs(options, scale)
         directory = options["out"] or Path("results", f"{options['experiment'].stem}-{scale}")
         if options["dry_run"]:
-            console.print(plan_table(runs))
+            console.print(plan_table(plan.make_plan(configs, devices[0])))
             return Exit.DONE
         limits = {
             key: plan.parse_duration(options[key], f"--{key.replace('_', '-')}") for key in ("time_limit", "timeout")
@@ -90,7 +90,9 @@ def sweep(options: dict[str, Any]) -> int:
             raise PlanError(f"--retries {options['retries']}: must be 0 or more")
         setups = worker_setups(options, devices, directory)
         with store.open_directory(directory), Signals() as stop:
-            return execute(console, options, runs, directory, setups, limits, points, stop)
+            found = store.scan(directory)
+            runs = plan.make_plan(configs, devices[0], () if options["rerun"] == "all" else found.finished)
+            return execute(console, options, runs, found, directory, setups, limits, points, stop)
     except ValueError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
         return Exit.USAGE
@@ -101,8 +103,8 @@ def make_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 
-def planned_runs(options: dict[str, Any], scale: str, device: str) -> tuple[list[PlannedRun], set[str]]:
-    """The checked plan, and the points of the whole sweep, those that --only leaves out too. Raises ValueError."""
+def chosen_runs(options: dict[str, Any], scale: str) -> tuple[list[RunConfig], set[str]]:
+    """The runs that were asked for, and the points of the whole sweep, --only or not. Raises ValueError."""
     for path in options["architecture_files"] or ():
         architectures.load_file(path)
     runs: list[RunConfig] = plan.load_sweep(options["experiment"], scale)
@@ -111,7 +113,7 @@ def planned_runs(options: dict[str, Any], scale: str, device: str) -> tuple[list
         runs = plan.keep_only(runs, [name for name in options["only"].split(",") if name])
     if options["seeds"] is not None:
         runs = plan.with_seeds(runs, options["seeds"])
-    return plan.make_plan(runs, device), points
+    return runs, points
 
 
 def worker_setups(options: dict[str, Any], devices: Sequence[str], directory: Path) -> list[Any]:
@@ -140,6 +142,7 @@ def execute(
     console: Console,
     options: dict[str, Any],
     runs: list[PlannedRun],
+    found: store.Scan,
     directory: Path,
     setups: list[Any],
     limits: dict[str, float | None],
@@ -147,7 +150,6 @@ def execute(
     stop: Signals,
 ) -> int:
     """Run what is missing and report."""
-    found = store.scan(directory)
     todo, left_failed = partition(runs, found, options["rerun"])
     for run_id, reason in found.broken.items():
         _say(console, f"result of run {run_id} {reason}: it will be done again", style="yellow")
@@ -272,8 +274,8 @@ def plan_table(runs: list[PlannedRun]) -> Table:
             " ".join(f"{rate:g}" for rate in sorted({planned.config.train.lr for planned in group})),
             " ".join(str(seed) for seed in sorted({planned.config.seed for planned in group})),
             str(first.config.train.epochs),
-            f"{first.parameters:,}",
-            f"{first.state_bytes:,}",
+            f"{first.size.parameters:,}",
+            f"{first.size.state_bytes[first.config.data.max_test_length]:,}",
             f"{sum(planned.cost for planned in group) / total:.1%}",
         )
     return table

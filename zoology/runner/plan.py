@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,12 +16,22 @@ import torch
 from architectures.mixer import SequenceMixer
 from zoology.config import ModelConfig, RunConfig, layer_options_text
 from zoology.model import LanguageModel
+from zoology.precision import check_precision
 
 SCALES = ("smoke", "laptop", "paper")
 
 
 class PlanError(ValueError):
     """A plan that cannot be run; the message says what to change."""
+
+
+class Size(NamedTuple):
+    """What a model weighs, counted without memory."""
+
+    parameters: int
+    mixer_parameters: int
+    state_elements: dict[int, int]  # by sequence length
+    state_bytes: dict[int, int]
 
 
 class PlannedRun(NamedTuple):
@@ -31,9 +41,12 @@ class PlannedRun(NamedTuple):
     point_id: str
     config: RunConfig
     label: str  # architecture and the options that distinguish its points, learning rate, seed
-    cost: float  # floating-point operations, roughly
-    state_bytes: int  # at the longest test length
-    parameters: int
+    size: Size | None  # None for a model that has nothing left to do
+
+    @property
+    def cost(self) -> float:
+        """Floating-point operations, roughly."""
+        return 0.0 if self.size is None else _cost(self.config, self.size)
 
 
 def choose_scale(requested: str | None, has_gpu: bool) -> tuple[str, str]:
@@ -107,34 +120,25 @@ def with_seeds(runs: Sequence[RunConfig], count: int) -> list[RunConfig]:
     return [run.model_copy(update={"seed": seed}) for run in bare.values() for seed in range(count)]
 
 
-def make_plan(runs: Sequence[RunConfig], device: str) -> list[PlannedRun]:
+def make_plan(runs: Sequence[RunConfig], device: str, finished: Collection[str] = ()) -> list[PlannedRun]:
     """Check every run for this device and say what it will cost, in the order given.
 
-    Raises PlanError for runs that are there twice, for models that cannot be built, and for named backends that
-    cannot run here.
+    Models all of whose runs are in `finished`, by run id, are not built.
+
+    Raises PlanError for runs that are there twice, for models that cannot be built, and for named backends and
+    precisions that this device refuses.
     """
-    measured: dict[str, _Measured] = {}
-    keys: dict[int, str] = {}
+    run_ids, point_ids = [run.run_id for run in runs], [run.point_id for run in runs]
+    to_do = {point for run_id, point in zip(run_ids, point_ids) if run_id not in finished}
+    sizes: dict[str, Size | None] = {}
+    names: dict[str, str] = {}
     planned = []
-    for run in runs:
-        key = keys.setdefault(id(run.model), f"{run.model.model_dump_json()}")
-        lengths = sorted({part.task.seq_len for part in (*run.data.train, *run.data.test)})
-        key = f"{key} {lengths} {run.train.precision}"
-        if key not in measured:
-            measured[key] = _measure(run, lengths, device)
-        known = measured[key]
-        longest = run.data.max_test_length
-        planned.append(
-            PlannedRun(
-                run_id=run.run_id,
-                point_id=run.point_id,
-                config=run,
-                label=f"{run.architecture} {point_label(run.model)} lr={run.train.lr:g} seed={run.seed}",
-                cost=_cost(run, known),
-                state_bytes=known.state_bytes[longest],
-                parameters=known.parameters,
-            )
-        )
+    for run, run_id, point in zip(runs, run_ids, point_ids):
+        if point not in names:
+            names[point] = f"{run.architecture} {point_label(run.model)}"
+            sizes[point] = _measure(run, device) if point in to_do else None
+        label = f"{names[point]} lr={run.train.lr:g} seed={run.seed}"
+        planned.append(PlannedRun(run_id, point, run, label, sizes[point]))
     _refuse_duplicates(planned)
     return planned
 
@@ -147,29 +151,23 @@ def _refuse_duplicates(planned: Sequence[PlannedRun]) -> None:
         raise PlanError(f"the sweep has {len(twice)} runs more than once: {listed}")
 
 
-class _Measured(NamedTuple):
-    parameters: int
-    mixer_parameters: int
-    state_elements: dict[int, int]
-    state_bytes: dict[int, int]
-
-
-def _measure(run: RunConfig, lengths: Sequence[int], device: str) -> _Measured:
+def _measure(run: RunConfig, device: str) -> Size:
     """Build the model without memory, check its backends, and count its parameters and state."""
-    what = f"{run.architecture} ({point_label(run.model)})"
+    lengths = sorted({part.task.seq_len for part in (*run.data.train, *run.data.test)})
     try:
+        check_precision(run.train.precision, device)
         with torch.device("meta"):
             model = LanguageModel(run.model)
         _check_backends(model, run, lengths, device)
         embedding = run.model.d_model * (run.model.vocab_size + run.model.max_positions)
-        return _Measured(
+        return Size(
             model.num_parameters(),
             model.num_parameters() - embedding,
             {length: model.state_size(length) for length in lengths},
             {length: model.state_bytes(length) for length in lengths},
         )
     except (ValueError, TypeError, ImportError) as error:
-        raise PlanError(f"{what}: {error}") from error
+        raise PlanError(f"{run.architecture} ({point_label(run.model)}): {error}") from error
 
 
 def _check_backends(model: LanguageModel, run: RunConfig, lengths: Iterable[int], device: str) -> None:
@@ -181,7 +179,7 @@ def _check_backends(model: LanguageModel, run: RunConfig, lengths: Iterable[int]
                 module.resolve_backend(device, dtype, length)
 
 
-def _cost(run: RunConfig, model: _Measured) -> float:
+def _cost(run: RunConfig, size: Size) -> float:
     """Operations of a training run: what orders runs and predicts the time left, not a measurement.
 
     A token costs a multiplication per mixer parameter and per state element, a label one per entry of the head.
@@ -191,7 +189,7 @@ def _cost(run: RunConfig, model: _Measured) -> float:
         length = part.task.seq_len
         labels = getattr(part.task, "num_questions", length)
         head = labels * run.model.d_model * run.model.vocab_size
-        total += part.num_examples * (length * (model.mixer_parameters + model.state_elements[length]) + head)
+        total += part.num_examples * (length * (size.mixer_parameters + size.state_elements[length]) + head)
     return 6.0 * run.train.epochs * total
 
 
@@ -203,10 +201,10 @@ def point_label(model: ModelConfig) -> str:
 def longest_first(runs: Iterable[PlannedRun], seconds: Callable[[PlannedRun], float | None]) -> list[PlannedRun]:
     """Order runs so that the longest start first: by measured seconds where known for all, else by cost."""
     runs = list(runs)
-    times = {run.run_id: seconds(run) for run in runs}
-    if all(time is not None for time in times.values()):
-        return sorted(runs, key=lambda run: -times[run.run_id])
-    return sorted(runs, key=lambda run: -run.cost)
+    times = [seconds(run) for run in runs]
+    weights = [run.cost for run in runs] if None in times else times
+    order = sorted(range(len(runs)), key=lambda index: -weights[index])
+    return [runs[index] for index in order]
 
 
 class Estimate:
@@ -219,6 +217,8 @@ class Estimate:
     def observe(self, run: PlannedRun, seconds: float) -> None:
         """Learn from a finished run."""
         self._by_point.setdefault(run.point_id, []).append(seconds)
+        if run.size is None:
+            return
         for key in (run.config.architecture, ""):
             self._rates.setdefault(key, []).append(seconds / max(run.cost, 1.0))
 
