@@ -170,6 +170,7 @@ def execute(
             done=len(runs) - len(todo),
             estimate=estimate,
             retries=options["retries"],
+            fresh=options["rerun"] == "all",
             time_limit=limits["time_limit"],
             stop=stop,
         )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from zoology.engines.local import EpochDone, Event, Finished, Started
 from zoology.runner import store
 from zoology.runner.plan import Estimate, PlannedRun, longest_first
+from zoology.runner.worker import Failure
 
 
 class Exit(IntEnum):
@@ -124,6 +125,7 @@ def run_sweep(
     done: int = 0,
     estimate: Estimate | None = None,
     retries: int = 1,
+    fresh: bool = False,
     time_limit: float | None = None,
     stop: Callable[[], Exit | None] = lambda: None,
 ) -> SweepOutcome:
@@ -132,6 +134,7 @@ def run_sweep(
     Args:
         total, done: size of the whole plan and how much of it is done already, for the view.
         retries: how often a run is tried again whose worker died.
+        fresh: start from the first epoch also where there is a checkpoint.
         time_limit: seconds after which runs in progress are given up and the sweep ends with Exit.TIME_LIMIT.
         stop: asked several times a second for a reason to end now, such as `Signals`.
 
@@ -140,7 +143,7 @@ def run_sweep(
     estimate = estimate or Estimate()
     pending = deque(longest_first(runs, estimate.seconds))
     progress = Progress(total, done, 0, pending, {}, estimate, engine.slots)
-    sweep = _Sweep(engine, directory, view, progress, retries)
+    sweep = _Sweep(engine, directory, view, progress, retries, fresh)
     deadline = float("inf") if time_limit is None else time.monotonic() + time_limit
     view.begin(progress)
     try:
@@ -179,12 +182,13 @@ class Signals:
 
 
 class _Sweep:
-    def __init__(self, engine: Engine, directory: Path, view: View, progress: Progress, retries: int):
+    def __init__(self, engine: Engine, directory: Path, view: View, progress: Progress, retries: int, fresh: bool):
         self.engine = engine
         self.directory = directory
         self.view = view
         self.progress = progress
         self.retries = retries
+        self.fresh = fresh
         self.records: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
 
@@ -204,9 +208,9 @@ class _Sweep:
         folder = store.RunFolder(self.directory, run.run_id)
         self.progress.active[run.run_id] = Active(run, folder)
         try:
-            folder.begin(run.config)
+            folder.begin(run.config, fresh=self.fresh)
         except OSError as error:
-            self._fail(run.run_id, f"cannot write its files: {error}", "")
+            self._fail(run.run_id, Failure("error", f"cannot write its files: {error}"))
             return
         self.engine.start(run.run_id, run.config.model_dump_json())
 
@@ -227,13 +231,13 @@ class _Sweep:
             self._retry(active)
         else:
             tries = f" ({active.attempt} attempts)" if active.attempt > 1 else ""
-            self._fail(event.run_id, event.failure.message + tries, event.failure.details)
+            self._fail(event.run_id, event.failure._replace(message=event.failure.message + tries))
 
     def _finish(self, active: Active, event: Finished) -> None:
         try:
             active.folder.finish(event.record)
         except OSError as error:
-            self._fail(event.run_id, f"finished, but its result cannot be written: {error}", "")
+            self._fail(event.run_id, Failure("crashed", f"finished, but its result cannot be written: {error}"))
             return
         self.records[event.run_id] = event.record
         self.progress.estimate.observe(active.run, event.record["wall_seconds"])
@@ -245,14 +249,16 @@ class _Sweep:
         active.folder.restart()
         self.engine.start(active.run.run_id, active.run.config.model_dump_json())
 
-    def _fail(self, run_id: str, message: str, details: str) -> None:
+    def _fail(self, run_id: str, failure: Failure) -> None:
         active = self.progress.active[run_id]
-        self.failures[run_id] = message
+        self.failures[run_id] = failure.message
+        # What broke the run from inside would break it again; what came from outside may be gone next time.
+        keep = failure.kind in ("crashed", "timed out", "out of memory")
         # Where it cannot be written, the list of failures at the end still has it.
         with suppress(OSError):
-            active.folder.fail(message, details)
+            active.folder.fail(failure.message, failure.details, keep_checkpoint=keep)
         self.progress.failed += 1
-        self._leave(active, None, message)
+        self._leave(active, None, failure.message)
 
     def _leave(self, active: Active, record: dict[str, Any] | None, message: str) -> None:
         del self.progress.active[active.run.run_id]

@@ -4,9 +4,10 @@
     DIR/<run id>/metrics.jsonl   one line per epoch
     DIR/<run id>/result.json     written last and atomically: it exists if and only if the run finished
     DIR/<run id>/error.txt       why a run failed
+    DIR/<run id>/checkpoint.pt   its state after the last epoch, until it is finished
     DIR/baselines/, DIR/logs/    scores of predictors that cannot recall, output of the workers
 
-One process, the driver, writes all of them but baselines and logs.
+One process, the driver, writes all of them but the checkpoint, baselines and logs.
 """
 
 from __future__ import annotations
@@ -177,12 +178,19 @@ class RunFolder:
     def __init__(self, directory: Path, run_id: str):
         self.path = directory / run_id
 
-    def begin(self, config: RunConfig) -> None:
-        """Forget an earlier attempt and write config.json."""
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run's worker keeps its state after an epoch."""
+        return self.path / "checkpoint.pt"
+
+    def begin(self, config: RunConfig, *, fresh: bool = False) -> None:
+        """Forget the outcome of an earlier attempt, and its checkpoint if `fresh`, and write config.json."""
         self.path.mkdir(exist_ok=True)
+        if fresh:
+            self.checkpoint.unlink(missing_ok=True)
         for name in ("result.json", "error.txt", "metrics.jsonl"):
             (self.path / name).unlink(missing_ok=True)
-        for left in self.path.glob(".*.tmp"):
+        for left in self.path.glob("*.tmp"):
             left.unlink(missing_ok=True)
         write_atomically(self.path / "config.json", to_json(config.model_dump(mode="json"), indent=1) + "\n")
 
@@ -198,8 +206,11 @@ class RunFolder:
     def finish(self, record: dict[str, Any]) -> None:
         """Write result.json, which makes the run finished."""
         write_atomically(self.path / "result.json", to_json(record) + "\n")
+        self.checkpoint.unlink(missing_ok=True)
 
-    def fail(self, message: str, details: str = "") -> None:
+    def fail(self, message: str, details: str = "", *, keep_checkpoint: bool = False) -> None:
         """Write error.txt: the reason on the first line, then what is known beyond it."""
+        if not keep_checkpoint:
+            self.checkpoint.unlink(missing_ok=True)
         first = " ".join(message.split())
         write_atomically(self.path / "error.txt", f"{first}\n\n{details}".rstrip() + "\n")

@@ -20,6 +20,7 @@ import torch
 import architectures
 import zoology
 from zoology import tasks
+from zoology.checkpoint import read_checkpoint
 from zoology.config import SCHEMA_VERSION, DataConfig, RunConfig
 from zoology.data import load_split
 from zoology.evaluate import Score
@@ -82,6 +83,8 @@ def attempt(
 def execute(setup: Setup, config: RunConfig, on_epoch: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     """Train one run and return its record: the content of result.json."""
     started = time.perf_counter()
+    checkpoint = store.RunFolder(Path(setup.directory), config.run_id).checkpoint
+    resumed = _usable(checkpoint, config.run_id)
     floors = {part.label: _floors(part.task, config.data.seed, setup.directory) for part in config.data.test}
     reset_peak = _reset_peak_memory()
     outcome = train(
@@ -89,13 +92,25 @@ def execute(setup: Setup, config: RunConfig, on_epoch: Callable[[dict[str, Any]]
         device=setup.device,
         on_epoch=lambda epoch: on_epoch(epoch._asdict()),
         load=lambda data, split: _load_split(data, split, setup.device),
+        checkpoint=checkpoint,
     )
     peak = outcome.peak_memory_bytes if outcome.peak_memory_bytes is not None or not reset_peak else _peak_memory()
     return record(setup, config, outcome, floors) | {
         "peak_memory_bytes": peak,
-        "wall_seconds": time.perf_counter() - started,
+        # Of a resumed run, at least what is known of its earlier attempts.
+        "wall_seconds": max(time.perf_counter() - started, outcome.train_seconds),
+        "resumed": resumed,
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _usable(checkpoint: Path, run_id: str) -> bool:
+    """Whether there is a checkpoint to go on from; one that cannot be read is deleted, and the run starts anew."""
+    try:
+        return read_checkpoint(checkpoint, run_id) is not None
+    except ValueError:
+        checkpoint.unlink(missing_ok=True)
+        return False
 
 
 # Three splits of the config at hand and of the one before: runs of a sweep share their data.
@@ -159,6 +174,7 @@ def record(setup: Setup, config: RunConfig, outcome: Outcome, floors: dict[str, 
         "precision": config.train.precision,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "backends": outcome.backends,
+        "execution": outcome.execution._asdict(),
         "versions": versions(),
         "git": setup.git,
         "train_seconds": outcome.train_seconds,
