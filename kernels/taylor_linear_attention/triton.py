@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     PREC: str
 
 
-def choose_tile(f: int, v_dim: int, dtype: torch.dtype, *, backward: bool = False) -> tuple[Tile, dict[str, int]]:
+def choose_tile(f: int, v_dim: int, dtype: torch.dtype, *, backward: bool = False) -> tuple[Tile, dict]:
     """Block sizes and launch options for a shape and dtype.
 
     bf16 operands go to the tensor cores as they are. fp16 has no room for the sums of the state, so it is computed
@@ -46,7 +46,15 @@ def choose_tile(f: int, v_dim: int, dtype: torch.dtype, *, backward: bool = Fals
     block_v = min(widest, max(16, triton.next_power_of_2(v_dim)))
     op, prec = (tl.bfloat16, "tf32") if narrow else (tl.float32, "tf32" if dtype == torch.float16 else "tf32x3")
     tile = Tile(f, 16 if f <= 16 else 32, v_dim, block_v, 64 if narrow else 32, block, num_blocks, op, prec)
-    return tile, {"num_warps": 4 if block == 64 else 8, "num_stages": 2 if narrow and block == 64 else 1}
+    stages = {"state": 3, "apply": 2, "dx": 2} if narrow and block == 64 else {"state": 1, "apply": 1, "dx": 1}
+    return tile, {"num_warps": 4 if block == 64 else 8, "num_stages": stages}
+
+
+def shape_constants(tile: Tile, options: dict, length: int, num_heads: int, mask: Tensor | None, kernel: str) -> dict:
+    """What a kernel is compiled for; EVEN: whole tiles everywhere, so that it needs no masks."""
+    even = mask is None and length % tile.C == 0 and tile.F == tile.FP and tile.V % tile.BV == 0
+    options = dict(options, num_stages=options["num_stages"][kernel])
+    return dict(tile._asdict(), EVEN=even, H=num_heads, **options)
 
 
 @functools.lru_cache
@@ -88,14 +96,12 @@ def sum_groups(x: Tensor, y: Tensor, c, mask, tile: Tile, options, groups: int, 
             kv,
             z,
             t,
-            h,
             groups,
             per_group,
             1 if skip == "first" else 0,
             HAS_C=c is not None,
             HAS_MASK=mask is not None,
-            **tile._asdict(),
-            **options,
+            **shape_constants(tile, options, t, h, mask, "state"),
         )
     return kv, z
 
@@ -152,7 +158,6 @@ def launch_apply(x, xs, ys, mask, o, norm, start: Starts, final, scale, tile, op
         unused if final is None else final.key_sum,
         scale,
         t,
-        h,
         groups,
         per_group,
         CAUSAL=xs is not None,
@@ -161,8 +166,7 @@ def launch_apply(x, xs, ys, mask, o, norm, start: Starts, final, scale, tile, op
         HAS_MASK=mask is not None,
         HAS_START=start.kv is not None,
         HAS_FINAL=final is not None,
-        **tile._asdict(),
-        **options,
+        **shape_constants(tile, options, t, h, mask, "apply"),
     )
 
 
@@ -188,7 +192,6 @@ def launch_dx(
         dx if final is None else final.key_sum,
         scale,
         t,
-        h,
         groups,
         per_group,
         x.numel(),
@@ -197,8 +200,7 @@ def launch_dx(
         HAS_MASK=mask is not None,
         HAS_START=start.kv is not None,
         HAS_FINAL=final is not None,
-        **tile._asdict(),
-        **options,
+        **shape_constants(tile, options, t, h, mask, "dx"),
     )
     return dx[0] if num_v == 1 else dx.sum(0).to(x.dtype)
 

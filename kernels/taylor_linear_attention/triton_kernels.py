@@ -27,18 +27,32 @@ import triton.language as tl
 
 # ---------------------------------------------------------------- pieces
 @triton.jit
-def _select(i_b: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, NQ: tl.constexpr, BF: tl.constexpr, OP: tl.constexpr):
-    """One-hot rows [2 BF, FP] of the two factors of each feature of block i_b, and where a factor is the constant 1."""
-    r = tl.arange(0, 2 * BF)
+def _select(
+    i_b: tl.constexpr,
+    WHICH: tl.constexpr,
+    F: tl.constexpr,
+    FP: tl.constexpr,
+    NQ: tl.constexpr,
+    BF: tl.constexpr,
+    OP: tl.constexpr,
+):
+    """One-hot rows that pick factor WHICH (1 or 2; 3: both, one after the other) of each feature of block i_b.
+
+    Also the same for the factors that are the constant 1, with the one in column 0: [BF, FP], or [2 BF, FP].
+    """
+    r = tl.arange(0, 2 * BF if WHICH == 3 else BF)
     c = i_b * BF + r % BF
     i = tl.arange(0, FP)
     first = tl.where(c < NQ, c % F, tl.where(c < NQ + F, c - NQ, -1))
     second = tl.where(c < NQ, (c % F + c // F) % F, -1)
-    e = (tl.where(r < BF, first, second)[:, None] == i[None, :]).to(OP)
-    c = i_b * BF + tl.arange(0, BF)
-    one1 = (c == NQ + F).to(tl.float32)
-    one2 = ((c >= NQ) & (c <= NQ + F)).to(tl.float32)
-    return e, one1, one2
+    first_one, second_one = c == NQ + F, (c >= NQ) & (c <= NQ + F)
+    if WHICH == 1:
+        index, one = first, first_one
+    elif WHICH == 2:
+        index, one = second, second_one
+    else:
+        index, one = tl.where(r < BF, first, second), tl.where(r < BF, first_one, second_one)
+    return (index[:, None] == i[None, :]).to(OP), (one[:, None] & (i == 0)[None, :]).to(OP)
 
 
 @triton.jit
@@ -63,6 +77,7 @@ def _public(i_b, scale, F: tl.constexpr, NQ: tl.constexpr, BF: tl.constexpr):
 def _factors(
     x,
     i_b: tl.constexpr,
+    WHICH: tl.constexpr,
     F: tl.constexpr,
     FP: tl.constexpr,
     NQ: tl.constexpr,
@@ -70,14 +85,13 @@ def _factors(
     OP: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """The two factors [C, BF] of the features of block i_b of rows x [C, FP], and the one-hots [BF, FP]."""
-    e, one1, one2 = _select(i_b, F, FP, NQ, BF, OP)
+    """Factor WHICH of the features of block i_b of rows x [C, FP]: [C, BF]; 3: both, side by side."""
+    e, one = _select(i_b, WHICH, F, FP, NQ, BF, OP)
     x12 = tl.dot(x, tl.trans(e), input_precision=PREC)
-    x1, x2 = tl.split(tl.permute(tl.reshape(x12, (x.shape[0], 2, BF)), (0, 2, 1)))
     if (i_b + 1) * BF > NQ:
-        x1 += one1[None, :]
-        x2 += one2[None, :]
-    return x1, x2, e
+        # A product and not a sum of constants, which the compiler would keep in registers all through the loop.
+        x12 = tl.dot(tl.full([x.shape[0], FP], 1.0, OP), tl.trans(one), acc=x12, input_precision=PREC)
+    return x12
 
 
 @triton.jit
@@ -85,6 +99,7 @@ def _features_t(
     x_t,
     m,
     i_b: tl.constexpr,
+    EVEN: tl.constexpr,
     F: tl.constexpr,
     FP: tl.constexpr,
     NQ: tl.constexpr,
@@ -93,13 +108,33 @@ def _features_t(
     PREC: tl.constexpr,
 ):
     """Features [BF, C] of columns x_t [FP, C]; m [C] is 0 where a token does not count (its x is 0) and 1 elsewhere."""
-    e, one1, one2 = _select(i_b, F, FP, NQ, BF, OP)
+    e, _ = _select(i_b, 3, F, FP, NQ, BF, OP)
     x12 = tl.dot(e, x_t, input_precision=PREC)
     x1, x2 = tl.split(tl.permute(tl.reshape(x12, (2, BF, x_t.shape[1])), (1, 2, 0)))
     if (i_b + 1) * BF > NQ:
-        x1 += one1[:, None]
-        x2 += one2[:, None] * m[None, :]
+        c = i_b * BF + tl.arange(0, BF)
+        x1 += (c == NQ + F).to(tl.float32)[:, None]
+        one2 = ((c >= NQ) & (c <= NQ + F)).to(tl.float32)[:, None]
+        x2 += one2 if EVEN else one2 * m[None, :]
     return x1 * x2
+
+
+@triton.jit
+def _load(p, m, EVEN: tl.constexpr):
+    """Load, zero outside the mask; EVEN says that the mask is true everywhere, which saves the registers it takes."""
+    if EVEN:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=m, other=0.0)
+
+
+@triton.jit
+def _store(p, x, m, EVEN: tl.constexpr):
+    """Store inside the mask, which is true everywhere if EVEN."""
+    if EVEN:
+        tl.store(p, x)
+    else:
+        tl.store(p, x, mask=m)
 
 
 @triton.jit
@@ -163,6 +198,7 @@ def _absorb(
     i_b: tl.constexpr,
     WITH_Z: tl.constexpr,
     COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
     F: tl.constexpr,
     FP: tl.constexpr,
     NQ: tl.constexpr,
@@ -174,7 +210,7 @@ def _absorb(
 
     With COLUMNS, c is [C, 16] from `_columns` and z as in `_spread`; else c is 1 and z a vector.
     """
-    b_p = _features_t(x_t, b_m, i_b, F, FP, NQ, BF, OP, PREC)
+    b_p = _features_t(x_t, b_m, i_b, EVEN, F, FP, NQ, BF, OP, PREC)
     b_s = tl.dot(b_p.to(OP), b_y, acc=b_s, input_precision=PREC)
     if COLUMNS:
         b_z = tl.dot(b_p.to(OP), b_c, acc=b_z, input_precision=PREC)
@@ -225,12 +261,13 @@ def _state_kernel(
     kv_ptr,
     z_ptr,
     T,
-    H,
     G,
     num_chunks,
     first_group,
     HAS_C: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    EVEN: tl.constexpr,
+    H: tl.constexpr,
     F: tl.constexpr,
     FP: tl.constexpr,
     V: tl.constexpr,
@@ -263,16 +300,16 @@ def _state_kernel(
         m_t = o_t < T
         if HAS_MASK:
             m_t = m_t & (tl.load(mask_ptr + base + o_t, mask=m_t, other=0) != 0)
-        b_x = tl.load(x_ptr + o_t[:, None] * H * F + o_f[None, :], mask=m_t[:, None] & (o_f < F)[None, :], other=0.0)
-        b_y = tl.load(y_ptr + o_t[:, None] * H * V + o_v[None, :], mask=m_t[:, None] & (o_v < V)[None, :], other=0.0)
+        b_x = _load(x_ptr + o_t[:, None] * H * F + o_f[None, :], m_t[:, None] & (o_f < F)[None, :], EVEN)
+        b_y = _load(y_ptr + o_t[:, None] * H * V + o_v[None, :], m_t[:, None] & (o_v < V)[None, :], EVEN)
         b_xt = tl.trans(b_x.to(OP))
         b_y = b_y.to(OP)
         b_m = m_t.to(tl.float32)
-        b_c = _columns(tl.load(c_ptr + o_t * H, mask=m_t, other=0.0) if HAS_C else b_m, OP)
-        b_s0, b_z0 = _absorb(b_xt, b_y, b_c, b_m, b_s0, b_z0, 0, True, True, F, FP, NQ, BF, OP, PREC)
+        b_c = _columns(_load(c_ptr + o_t * H, m_t, EVEN) if HAS_C else b_m, OP)
+        b_s0, b_z0 = _absorb(b_xt, b_y, b_c, b_m, b_s0, b_z0, 0, True, True, EVEN, F, FP, NQ, BF, OP, PREC)
         if NB > 1:
-            b_s1, b_z1 = _absorb(b_xt, b_y, b_c, b_m, b_s1, b_z1, 1, True, True, F, FP, NQ, BF, OP, PREC)
-            b_s2, b_z2 = _absorb(b_xt, b_y, b_c, b_m, b_s2, b_z2, 2, True, True, F, FP, NQ, BF, OP, PREC)
+            b_s1, b_z1 = _absorb(b_xt, b_y, b_c, b_m, b_s1, b_z1, 1, True, True, EVEN, F, FP, NQ, BF, OP, PREC)
+            b_s2, b_z2 = _absorb(b_xt, b_y, b_c, b_m, b_s2, b_z2, 2, True, True, EVEN, F, FP, NQ, BF, OP, PREC)
 
     p_s = kv_ptr + (i_bh.to(tl.int64) * G + i_g) * (NB * BF) * V
     p_z = z_ptr + (i_bh.to(tl.int64) * G + i_g) * (NB * BF)
@@ -358,7 +395,8 @@ def _read(
     PREC: tl.constexpr,
 ):
     """Add phi(x).S to b_o [C, BV] and phi(x).z to b_n [C], block i_b."""
-    x1, x2, _ = _factors(b_x, i_b, F, FP, NQ, BF, OP, PREC)
+    x12 = _factors(b_x, i_b, 3, F, FP, NQ, BF, OP, PREC)
+    x1, x2 = tl.split(tl.permute(tl.reshape(x12, (b_x.shape[0], 2, BF)), (0, 2, 1)))
     b_w = _weights(i_b, scale, F, NQ, BF)
     b_p = x1 * x2
     if NORMALISE:
@@ -381,7 +419,6 @@ def _apply_kernel(
     final_z_ptr,
     scale,
     T,
-    H,
     G,
     num_chunks,
     CAUSAL: tl.constexpr,
@@ -390,6 +427,8 @@ def _apply_kernel(
     HAS_MASK: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_FINAL: tl.constexpr,
+    EVEN: tl.constexpr,
+    H: tl.constexpr,
     F: tl.constexpr,
     FP: tl.constexpr,
     V: tl.constexpr,
@@ -430,13 +469,13 @@ def _apply_kernel(
         m_t = o_t < T
         m_f = m_t[:, None] & (o_f < F)[None, :]
         m_v = m_t[:, None] & (o_v < V)[None, :]
-        b_x = tl.load(x_ptr + o_t[:, None] * H * F + o_f[None, :], mask=m_f, other=0.0).to(OP)
+        b_x = _load(x_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
         b_m = m_t.to(tl.float32)
         b_n = tl.zeros([C], tl.float32)
         b_o = tl.zeros([C, BV], tl.float32)
         if CAUSAL:
-            b_xs = tl.load(xs_ptr + o_t[:, None] * H * F + o_f[None, :], mask=m_f, other=0.0).to(OP)
-            b_ys = tl.load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], mask=m_v, other=0.0).to(OP)
+            b_xs = _load(xs_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
+            b_ys = _load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN).to(OP)
             b_xst = tl.trans(b_xs)
             b_w = tl.dot(b_x, b_xst, input_precision=PREC) * scale
             m_c = o_t[:, None] <= o_t[None, :] if REVERSE else o_t[:, None] >= o_t[None, :]
@@ -447,23 +486,27 @@ def _apply_kernel(
 
         b_o, b_n = _read(b_x, b_s0, b_z0, b_o, b_n, scale, 0, NORMALISE, F, FP, NQ, BF, OP, PREC)
         if CAUSAL:
-            b_s0, b_z0 = _absorb(b_xst, b_ys, b_m, b_m, b_s0, b_z0, 0, NORMALISE, False, F, FP, NQ, BF, OP, PREC)
+            b_s0, b_z0 = _absorb(b_xst, b_ys, b_m, b_m, b_s0, b_z0, 0, NORMALISE, False, EVEN, F, FP, NQ, BF, OP, PREC)
         if NB > 1:
             b_o, b_n = _read(b_x, b_s1, b_z1, b_o, b_n, scale, 1, NORMALISE, F, FP, NQ, BF, OP, PREC)
             if CAUSAL:
-                b_s1, b_z1 = _absorb(b_xst, b_ys, b_m, b_m, b_s1, b_z1, 1, NORMALISE, False, F, FP, NQ, BF, OP, PREC)
+                b_s1, b_z1 = _absorb(
+                    b_xst, b_ys, b_m, b_m, b_s1, b_z1, 1, NORMALISE, False, EVEN, F, FP, NQ, BF, OP, PREC
+                )
             b_o, b_n = _read(b_x, b_s2, b_z2, b_o, b_n, scale, 2, NORMALISE, F, FP, NQ, BF, OP, PREC)
             if CAUSAL:
-                b_s2, b_z2 = _absorb(b_xst, b_ys, b_m, b_m, b_s2, b_z2, 2, NORMALISE, False, F, FP, NQ, BF, OP, PREC)
+                b_s2, b_z2 = _absorb(
+                    b_xst, b_ys, b_m, b_m, b_s2, b_z2, 2, NORMALISE, False, EVEN, F, FP, NQ, BF, OP, PREC
+                )
 
         if NORMALISE:
             b_o *= (1.0 / b_n)[:, None]
             if i_v == 0:
-                tl.store(norm_ptr + o_t * H, b_n, mask=m_t)
+                _store(norm_ptr + o_t * H, b_n, m_t, EVEN)
         if HAS_MASK:
             b_counts = tl.load(mask_ptr + base + o_t, mask=m_t, other=0) != 0
             b_o = tl.where(b_counts[:, None], b_o, 0.0)
-        tl.store(o_ptr + o_t[:, None] * H * V + o_v[None, :], b_o.to(o_ptr.dtype.element_ty), mask=m_v)
+        _store(o_ptr + o_t[:, None] * H * V + o_v[None, :], b_o.to(o_ptr.dtype.element_ty), m_v, EVEN)
 
     if HAS_FINAL:  # noqa: SIM102  known when compiling, the inner one only when running
         if i_g == (0 if REVERSE else G - 1):
@@ -511,9 +554,13 @@ def _pull_back(
     b_w = _weights(i_b, scale, F, NQ, BF)
     b_g = tl.dot(b_y, tl.trans((b_s * b_w[:, None]).to(OP)), input_precision=PREC)
     b_g = tl.dot(b_c, tl.trans(_operand(b_z, b_w, OP)), acc=b_g, input_precision=PREC)
-    x1, x2, e = _factors(b_x, i_b, F, FP, NQ, BF, OP, PREC)
-    b_g = tl.reshape(tl.permute(tl.join(b_g * x2, b_g * x1), (0, 2, 1)), (b_x.shape[0], 2 * BF))
-    return tl.dot(b_g.to(OP), e, acc=b_dx, input_precision=PREC)
+    # One factor after the other: both at once would not fit in the registers.
+    x2 = _factors(b_x, i_b, 2, F, FP, NQ, BF, OP, PREC)
+    e1, _ = _select(i_b, 1, F, FP, NQ, BF, OP)
+    b_dx = tl.dot((b_g * x2).to(OP), e1, acc=b_dx, input_precision=PREC)
+    e2, _ = _select(i_b, 2, F, FP, NQ, BF, OP)
+    x1 = tl.dot(b_x, tl.trans(e1), input_precision=PREC)  # where it is 1, e2 picks nothing
+    return tl.dot((b_g * x1).to(OP), e2, acc=b_dx, input_precision=PREC)
 
 
 @triton.jit
@@ -531,7 +578,6 @@ def _dx_kernel(
     final_z_ptr,
     scale,
     T,
-    H,
     G,
     num_chunks,
     partial_stride,
@@ -540,6 +586,8 @@ def _dx_kernel(
     HAS_MASK: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_FINAL: tl.constexpr,
+    EVEN: tl.constexpr,
+    H: tl.constexpr,
     F: tl.constexpr,
     FP: tl.constexpr,
     V: tl.constexpr,
@@ -584,13 +632,13 @@ def _dx_kernel(
         m_t = o_t < T
         m_f = m_t[:, None] & (o_f < F)[None, :]
         m_v = m_t[:, None] & (o_v < V)[None, :]
-        b_x = tl.load(x_ptr + o_t[:, None] * H * F + o_f[None, :], mask=m_f, other=0.0).to(OP)
-        b_y = tl.load(y_ptr + o_t[:, None] * H * V + o_v[None, :], mask=m_v, other=0.0).to(OP)
+        b_x = _load(x_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
+        b_y = _load(y_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN).to(OP)
         b_m = m_t.to(tl.float32)
         if CAUSAL:
-            b_xs = tl.load(xs_ptr + o_t[:, None] * H * F + o_f[None, :], mask=m_f, other=0.0).to(OP)
-            b_ys = tl.load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], mask=m_v, other=0.0).to(OP)
-            b_d = tl.load(c_ptr + o_t * H, mask=m_t, other=0.0)
+            b_xs = _load(xs_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
+            b_ys = _load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN).to(OP)
+            b_d = _load(c_ptr + o_t * H, m_t, EVEN)
             b_c = b_m if REVERSE else b_d
             b_cs = b_d if REVERSE else b_m
         else:
@@ -609,18 +657,18 @@ def _dx_kernel(
 
         b_dx = _pull_back(b_x, b_y, b_r, b_s0, b_z0, b_dx, scale, 0, F, FP, NQ, BF, OP, PREC)
         if CAUSAL:
-            b_s0, b_z0 = _absorb(b_xst, b_ys, b_cs, b_m, b_s0, b_z0, 0, True, True, F, FP, NQ, BF, OP, PREC)
+            b_s0, b_z0 = _absorb(b_xst, b_ys, b_cs, b_m, b_s0, b_z0, 0, True, True, EVEN, F, FP, NQ, BF, OP, PREC)
         if NB > 1:
             b_dx = _pull_back(b_x, b_y, b_r, b_s1, b_z1, b_dx, scale, 1, F, FP, NQ, BF, OP, PREC)
             if CAUSAL:
-                b_s1, b_z1 = _absorb(b_xst, b_ys, b_cs, b_m, b_s1, b_z1, 1, True, True, F, FP, NQ, BF, OP, PREC)
+                b_s1, b_z1 = _absorb(b_xst, b_ys, b_cs, b_m, b_s1, b_z1, 1, True, True, EVEN, F, FP, NQ, BF, OP, PREC)
             b_dx = _pull_back(b_x, b_y, b_r, b_s2, b_z2, b_dx, scale, 2, F, FP, NQ, BF, OP, PREC)
             if CAUSAL:
-                b_s2, b_z2 = _absorb(b_xst, b_ys, b_cs, b_m, b_s2, b_z2, 2, True, True, F, FP, NQ, BF, OP, PREC)
+                b_s2, b_z2 = _absorb(b_xst, b_ys, b_cs, b_m, b_s2, b_z2, 2, True, True, EVEN, F, FP, NQ, BF, OP, PREC)
         if HAS_MASK:
             b_counts = tl.load(mask_ptr + base + o_t, mask=m_t, other=0) != 0
             b_dx = tl.where(b_counts[:, None], b_dx, 0.0)
-        tl.store(dx_ptr + o_t[:, None] * H * F + o_f[None, :], b_dx.to(dx_ptr.dtype.element_ty), mask=m_f)
+        _store(dx_ptr + o_t[:, None] * H * F + o_f[None, :], b_dx.to(dx_ptr.dtype.element_ty), m_f, EVEN)
 
     if HAS_FINAL:  # noqa: SIM102  known when compiling, the inner one only when running
         if i_g == (0 if REVERSE else G - 1):
