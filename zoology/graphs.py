@@ -3,8 +3,9 @@
 Everything a step needs is on the device before the epoch starts: the data in small integers, a table of the rows of
 every batch, a table of learning rates. A step reads its number from a counter on the device, so that replaying the
 same graph goes through the epoch. Shapes are the same at each step: the last, short batch of a slice is filled with
-rows that have no labels. Learning rates, seeds, epochs and schedules are data, not code: runs that differ in nothing
-else share one loop, which `fetch_loop` keeps.
+rows that have no labels. (A mixer that adds a penalty averaged over its batch sees the filling in that average.)
+Learning rates, seeds, epochs and schedules are data, not code: runs that differ in nothing else share one loop, which
+`fetch_loop` keeps.
 
 On a CPU, or with `captured=False`, the same step runs without recording.
 """
@@ -246,11 +247,15 @@ class StaticLoop:
         rates = epoch_rates(self.config.train, number, len(batches))
         self.order.copy_(rows)
         self.scalars.copy_(torch.tensor([self.optimizer.scalars_at(first + i, rate) for i, rate in enumerate(rates)]))
-        self.counter.zero_()
-        for index, _ in batches:
-            self._steps[index]()
+        self.replay([index for index, _ in batches])
         self.optimizer.steps += len(batches)
         return check_losses(self.losses.cpu(), number, self.config.train)
+
+    def replay(self, slices: list[int]) -> None:
+        """The steps of an epoch whose batches, of these slices, are in the tables: launched, not waited for."""
+        self.counter.zero_()
+        for index in slices:
+            self._steps[index]()
 
     def score(self, split: str) -> dict[str, Score]:
         """Accuracy on every slice of a split."""
@@ -353,7 +358,13 @@ def _keep_compiled_code() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(home) / "zoology" / "inductor"))
 
 
-MODES = {"compiled graph": (True, True), "graph": (False, True), "static": (False, False)}
+# Whether it is compiled, and whether it is recorded.
+MODES = {
+    "compiled graph": (True, True),
+    "graph": (False, True),
+    "compiled": (True, False),
+    "static": (False, False),
+}
 _loops: OrderedDict[str, StaticLoop] = OrderedDict()
 
 

@@ -1,0 +1,85 @@
+"""The benchmark: measures what it says, counts work as it says, draws what it measured."""
+
+import json
+
+import pytest
+import torch
+
+from zoology import benchmark
+from zoology.graphs import forget_loops
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    options = "--models base_conv+attention@16,base_conv@16 --shapes 16x2,24x4 --batch-size 8 --vocab-size 64 --steps 2"
+    arguments = [*options.split(), "--repeats", "2", "--mode", "static", "--device", "cpu"]
+    arguments += ["--out", str(folder / "records.json"), "--plot", str(folder / "plot.png")]
+    benchmark.app(arguments, standalone_mode=False)
+    forget_loops()
+    return json.loads((folder / "records.json").read_text()), folder
+
+
+def test_a_record_for_every_model_shape_and_precision(result):
+    records = result[0]["records"]
+    found = [(r["model"], r["seq_len"], r["num_kv_pairs"], r["precision"]) for r in records]
+    shapes = [(16, 2), (24, 4)]
+    assert found == [(m, *s, "fp32") for m in ("base_conv+attention@16", "base_conv@16") for s in shapes]
+    for record in records:
+        step = record["step_ms"]
+        assert 0 < step["low"] <= step["median"] <= step["high"]
+        assert record["examples_per_second"] == pytest.approx(8e3 / step["median"])
+        assert record["baseline_step_ms"]["repeats"] == 2
+        assert record["execution"]["mode"] == "static"
+        assert record["first_epoch_loss"] == pytest.approx(4.16, abs=0.1)  # log 64
+    assert result[0]["versions"]["torch"] == torch.__version__
+    assert set(result[0]["ceilings"]) == {"copy", "fp32", "bf16"}
+
+
+def test_the_plot_is_drawn_from_the_records_alone(result):
+    document, folder = result
+    again = folder / "again.png"
+    benchmark.app(["--draw", str(folder / "records.json"), "--plot", str(again)], standalone_mode=False)
+    assert again.read_bytes() == (folder / "plot.png").read_bytes()
+    document["records"][0]["step_ms"]["median"] *= 2
+    benchmark.draw(document, again)
+    assert again.read_bytes() != (folder / "plot.png").read_bytes()
+
+
+def test_work_is_counted_by_hand():
+    """One base convolution: a D x D layer is the only product, beside the head."""
+    batch, length, pairs, width, vocabulary = 8, 16, 2, 16, 64
+    shape = benchmark.Shape(length, pairs, batch, vocabulary, 1)
+    model = benchmark.parse_model("base_conv@16", vocabulary).model_copy(update={"n_layers": 1})
+    work = benchmark.count_work(model, shape, "bf16")
+    linear = 2 * batch * length * width * width
+    head = 2 * batch * pairs * vocabulary * width
+    assert work["operations"] == 3 * (linear + head)
+    norms, bias, kernel = 3 * 2 * width, 2 * width, 3 * width
+    parameters = vocabulary * width + width * width + norms + bias + kernel
+    assert work["bytes"] == 28 * parameters + 5 * (2 * batch * length * width) * 2
+    ceilings = {"copy": 1e9, "bf16": 1e12}
+    assert benchmark.floor(work, ceilings, "bf16")["ms"] == pytest.approx(work["bytes"] / 1e6)
+    assert benchmark.floor(work, ceilings | {"bf16": 1e6}, "bf16")["ms"] == pytest.approx(work["operations"] / 1e3)
+
+
+def test_the_protocol_runs_every_learning_rate_to_its_end():
+    done = benchmark.protocol(
+        "base_conv@8", "fp32", torch.device("cpu"), epochs=1, rates=2, share=2e-4, vocab_size=1024, batch_size=8
+    )
+    assert [run["lr"] for run in done["runs"]] == [1e-3, 0.0316228]
+    assert all(len(run["losses"]) == 1 and len(run["test"]) == 7 for run in done["runs"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "attention"], "model 'attention': must be NAME"),
+        (["--shapes", "64"], "shape '64': must be LENGTHxPAIRS"),
+        (["--mode", "fast"], "--mode 'fast': must be one of auto, eager, compiled graph, graph, compiled, static"),
+        (["--precisions", "tf32"], "a mode of NVIDIA tensor cores"),
+    ],
+)
+def test_bad_options_are_named(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        benchmark.app([*arguments, "--device", "cpu"], standalone_mode=False)

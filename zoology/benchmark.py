@@ -1,0 +1,444 @@
+"""Speed and memory of training, against the plain loop of the same models and against what the device could do.
+
+    python -m zoology.benchmark [--models base_conv+attention@128,...] [--shapes 64x4,256x64] [--precisions tf32,bf16]
+                                [--out FILE.json] [--plot FILE.png]
+    python -m zoology.benchmark --draw FILE.json --plot FILE.png
+    python -m zoology.benchmark --protocol base_conv+attention@128 --precisions bf16 --out FILE.json
+
+A record holds the time of one training step, examples per second, peak memory and the time to build the loop; the same
+for the baseline; and a floor. The baseline is what the predecessor does: eager, float32, logits and loss at every
+position, PyTorch's AdamW, batches copied from the host. The floor is the larger of two times: the operations of the
+step over the rate of matrix products, and the bytes it must move over the bandwidth of a copy, both measured here.
+Operations are those of the reference implementation, with the head at labelled positions (three products). Bytes are
+28 for each parameter (AdamW reads four numbers and writes three), and the inputs and outputs of all linear layers, read
+and written once forward and once backward and read once more for gradients: all else could stay on chip.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoology.config import DataConfig, ModelConfig, RunConfig, Slice, TrainConfig, layer, learning_rates
+from zoology.data import gather_labels
+from zoology.graphs import MODES, StaticLoop, fetch_loop, forget_loops
+from zoology.loops import EagerLoop
+from zoology.model import LanguageModel
+from zoology.precision import check_precision, computing_in
+from zoology.tasks import IGNORE_INDEX, MQAR
+from zoology.train import train
+
+MODELS = (
+    "base_conv+attention@64,base_conv+attention@128,base_conv+based:feature_dim=16@128,"
+    "base_conv+sliding_window:window=64@128,hyena@128,base_conv@128"
+)
+PROTOCOL_TRAIN = [(64, 4, 100_000), (128, 8, 20_000), (256, 16, 20_000), (256, 32, 20_000), (256, 64, 20_000)]
+PROTOCOL_TEST = [(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)]
+
+
+class Shape(NamedTuple):
+    """Length and pairs of the task, batch size, vocabulary, and steps to time."""
+
+    seq_len: int
+    num_kv_pairs: int
+    batch_size: int
+    vocab_size: int
+    steps: int
+
+
+def parse_model(text: str, vocab_size: int) -> ModelConfig:
+    """`base_conv+based:feature_dim=16@128`: two layers repeating these mixers, at width 128."""
+    body, _, width = text.partition("@")
+    layers = []
+    for part in body.split("+"):
+        name, *options = part.split(":")
+        layers.append(layer(name, **{key: json.loads(value) for key, _, value in (o.partition("=") for o in options)}))
+    if not width.isdigit():
+        raise ValueError(f"model {text!r}: must be NAME[:OPTION=VALUE][+NAME...]@WIDTH")
+    return ModelConfig(vocab_size=vocab_size, d_model=int(width), layers=layers)
+
+
+def parse_shapes(text: str, batch_size: int, vocab_size: int, steps: int) -> list[Shape]:
+    """`64x4,256x64`: lengths and numbers of pairs."""
+    shapes = []
+    for part in text.split(","):
+        length, _, pairs = part.partition("x")
+        if not (length.isdigit() and pairs.isdigit()):
+            raise ValueError(f"shape {part!r}: must be LENGTHxPAIRS")
+        shapes.append(Shape(int(length), int(pairs), batch_size, vocab_size, steps))
+    return shapes
+
+
+def run_config(model: ModelConfig, shape: Shape, precision: str) -> RunConfig:
+    """A run of `steps` batches of one slice."""
+    task = MQAR(vocab_size=shape.vocab_size, seq_len=shape.seq_len, num_kv_pairs=shape.num_kv_pairs)
+    return RunConfig(
+        architecture=model.layers[-1].name,
+        model=model,
+        data=DataConfig(
+            train=[Slice(task=task, num_examples=shape.batch_size * shape.steps)],
+            test=[Slice(task=task, num_examples=shape.batch_size)],
+            batch_size=shape.batch_size,
+        ),
+        train=TrainConfig(lr=1e-3, precision=precision),
+    )
+
+
+class Timing(NamedTuple):
+    """Of one step, in milliseconds, over repeats of an epoch; peak memory in bytes, or None without a GPU."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+    peak_memory_bytes: int | None
+
+
+def time_steps(run: Callable[[], Any], steps: int, repeats: int, device: torch.device) -> list[float]:
+    """Milliseconds per step of `run`, which does `steps` of them, after one untimed run."""
+    run()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / steps)
+        else:
+            started = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - started) * 1e3 / steps)
+    return times
+
+
+def timing(times: list[float], peak: int | None) -> dict[str, Any]:
+    return Timing(statistics.median(times), min(times), max(times), len(times), peak)._asdict()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def measure_baseline(config: RunConfig, shape: Shape, device: torch.device, repeats: int) -> dict[str, Any]:
+    """The plain loop: eager, float32, head and loss everywhere."""
+    steps = min(shape.steps, 8)
+    examples = config.data.train[0].task.sample(shape.batch_size * steps, seed=0)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    torch.manual_seed(0)
+    model = LanguageModel(config.model).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+
+    def epoch() -> None:
+        for inputs, labels in zip(examples.inputs.split(shape.batch_size), examples.labels.split(shape.batch_size)):
+            inputs, labels = inputs.to(device), labels.to(device)
+            optimizer.zero_grad()
+            logits = model(inputs)
+            F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX).backward()
+            optimizer.step()
+
+    with computing_in("fp32", device):
+        times = time_steps(epoch, steps, repeats, device)
+    return timing(times, peak_memory(device))
+
+
+def measure(config: RunConfig, shape: Shape, device: torch.device, repeats: int, mode: str) -> dict[str, Any]:
+    """The loop that `train` would take, or the one that is named."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    task = config.data.train[0].task
+
+    def splits():
+        sizes = {"train": shape.batch_size * shape.steps, "validation": shape.batch_size, "test": shape.batch_size}
+        return {
+            split: [(Slice(task=task, num_examples=n), gather_labels(task.split(split, n, 0)).to(device))]
+            for split, n in sizes.items()
+        }
+
+    torch.manual_seed(0)
+    model = LanguageModel(config.model).to(device)
+    loop, reason = fetch_loop(config, device, splits, mode) if mode != "eager" else (None, "")
+    if loop is None:
+        loop = EagerLoop(config, model, splits(), torch.Generator())
+        loop.execution = loop.execution._replace(reason=reason)
+    else:
+        loop.load(model, config)
+    rows = torch.randperm(shape.batch_size * shape.steps, generator=torch.Generator().manual_seed(0))
+    batches = [(0, part) for part in rows.split(shape.batch_size)]
+    with computing_in(config.train.precision, device):
+        first_loss = loop.train_epoch(1, batches)
+
+        def epoch() -> None:
+            if isinstance(loop, StaticLoop):
+                loop.replay([0] * shape.steps)
+            else:
+                loop.train_epoch(1, batches)
+
+        times = time_steps(epoch, shape.steps, repeats, device)
+    peak = peak_memory(device)
+    record = {"step_ms": timing(times, peak), "first_epoch_loss": first_loss, "backends": loop.backends()}
+    record["execution"] = loop.execution._asdict()
+    forget_loops()
+    return record
+
+
+def count_work(model: ModelConfig, shape: Shape, precision: str) -> dict[str, float]:
+    """Operations and bytes of one step as the module's docstring counts them, on a batch of two."""
+    layers = [spec.model_copy(update={"options": spec.options | {"backend": "reference"}}) for spec in model.layers]
+    network = LanguageModel(model.model_copy(update={"layers": tuple(layers)}))
+    seen = []
+
+    def remember(module, inputs, output):
+        seen.append(inputs[0].numel() + output.numel())
+
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(remember)
+    tokens = torch.randint(model.vocab_size, (2, shape.seq_len))
+    with FlopCounterMode(display=False) as counter:
+        network.hidden(tokens).sum().backward()
+    parameters, rows = network.num_parameters(), shape.batch_size * shape.num_kv_pairs
+    width = 2 if precision == "bf16" else 4
+    return {
+        "operations": counter.get_total_flops() * shape.batch_size / 2 + 6.0 * rows * model.vocab_size * model.d_model,
+        "bytes": 28.0 * parameters + 5.0 * sum(seen) * width * shape.batch_size / 2,
+    }
+
+
+def measure_ceilings(device: torch.device) -> dict[str, float]:
+    """Bytes per second of a copy (read + write), operations per second of a matrix product in each precision."""
+    cuda = device.type == "cuda"
+    number, size = (1 << 28, 8192) if cuda else (1 << 22, 256)
+    source = torch.randn(number, device=device)
+    target = torch.empty_like(source)
+    seconds = min(time_steps(partial(target.copy_, source), 1, 5, device)) / 1e3
+    ceilings = {"copy": 8 * number / seconds}
+    del source, target
+    for precision in ("fp32", "tf32", "bf16") if cuda else ("fp32", "bf16"):
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        with computing_in(precision, device):
+            seconds = min(time_steps(partial(torch.mm, a, b), 1, 5, device)) / 1e3
+        ceilings[precision] = 2 * size**3 / seconds
+    return ceilings
+
+
+def floor(work: dict[str, float], ceilings: dict[str, float], precision: str) -> dict[str, float]:
+    """The work with the time it takes at the ceilings, in milliseconds."""
+    by_operations, by_bytes = work["operations"] / ceilings[precision], work["bytes"] / ceilings["copy"]
+    return work | {"ms": 1e3 * max(by_operations, by_bytes)}
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Where and with what the numbers came about."""
+    from zoology.run import git_commit
+    from zoology.runner.worker import versions
+
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
+    return {
+        "device": {"type": device.type, "name": name},
+        "versions": versions() | {"cuda": torch.version.cuda},
+        "git": git_commit(),
+        "command": "python -m zoology.benchmark " + " ".join(sys.argv[1:]),
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def benchmark(
+    models: list[str],
+    shapes: list[Shape],
+    precisions: list[str],
+    device: torch.device,
+    *,
+    repeats: int = 5,
+    mode: str = "auto",
+    report: Callable[[str], Any] = print,
+) -> dict[str, Any]:
+    """All records of models, shapes and precisions, with the machine they hold for."""
+    for precision in precisions:
+        check_precision(precision, device)
+    ceilings = measure_ceilings(device)
+    result = describe(device) | {"ceilings": ceilings, "records": []}
+    for text in models:
+        for shape in shapes:
+            model = parse_model(text, shape.vocab_size)
+            baseline = measure_baseline(run_config(model, shape, "fp32"), shape, device, repeats)
+            for precision in precisions:
+                record = {"model": text, "precision": precision, **shape._asdict()}
+                record |= measure(run_config(model, shape, precision), shape, device, repeats, mode)
+                record["baseline_step_ms"] = baseline
+                record["floor"] = floor(count_work(model, shape, precision), ceilings, precision)
+                record["examples_per_second"] = 1e3 * shape.batch_size / record["step_ms"]["median"]
+                result["records"].append(record)
+                report(line(record))
+    return result
+
+
+def line(record: dict[str, Any]) -> str:
+    """One row of the table."""
+    step, base = record["step_ms"], record["baseline_step_ms"]
+    memory = "" if step["peak_memory_bytes"] is None else f" {step['peak_memory_bytes'] / 1e9:5.2f} GB"
+    shape = f"{record['seq_len']}x{record['num_kv_pairs']}"
+    execution = record["execution"]
+    return (
+        f"{record['model']:42} {shape:8} {record['precision']:4} {step['median']:7.3f} ms{memory} "
+        f"{record['examples_per_second']:10,.0f}/s  plain {base['median']:6.2f} ms "
+        f"({base['median'] / step['median']:4.1f}x)  floor {record['floor']['ms']:6.3f} ms "
+        f"({100 * record['floor']['ms'] / step['median']:3.0f}%)  {execution['mode']}, {execution['loss']}, "
+        f"built in {execution['build_seconds']:.1f} s {execution['reason'][:200]}"
+    )
+
+
+def protocol(
+    text: str, precision: str, device: torch.device, *, epochs: int = 32, rates: int = 4, share: float = 1.0, **options
+) -> dict[str, Any]:
+    """One model of the Based protocol (arXiv:2402.18668): `rates` learning rates of `epochs` epochs, none cut short.
+
+    `share` of the training examples. Times include data, compilation, evaluation and scoring.
+    """
+    size = options.get("vocab_size", 8192)
+
+    def task(length: int, pairs: int) -> MQAR:
+        return MQAR(vocab_size=size, seq_len=length, num_kv_pairs=pairs)
+
+    train_slices = [Slice(task=task(t, d), num_examples=max(1, int(n * share))) for t, d, n in PROTOCOL_TRAIN]
+    test_slices = [Slice(task=task(t, d), num_examples=max(1, int(1000 * share))) for t, d in PROTOCOL_TEST]
+    data = DataConfig(train=train_slices, test=test_slices, batch_size=options.get("batch_size", 256))
+    started, runs = time.perf_counter(), []
+    for rate in learning_rates(-3, -1.5, rates):
+        config = RunConfig(
+            architecture=text,
+            model=parse_model(text, size),
+            data=data,
+            train=TrainConfig(lr=rate, epochs=epochs, precision=precision, stop_accuracy=None),
+        )
+        begun = time.perf_counter()
+        outcome = train(config, device=device)
+        runs.append(
+            {
+                "lr": rate,
+                "wall_seconds": time.perf_counter() - begun,
+                "train_seconds": outcome.train_seconds,
+                "examples_per_second": outcome.examples_per_second,
+                "peak_memory_bytes": outcome.peak_memory_bytes,
+                "execution": outcome.execution._asdict(),
+                "losses": [epoch.loss for epoch in outcome.epochs],
+                "validation": [epoch.validation_accuracy for epoch in outcome.epochs],
+                "test": {label: score.accuracy for label, score in outcome.test.items()},
+            }
+        )
+        mean = statistics.mean(runs[-1]["test"].values())
+        print(f"lr {rate:g}: {runs[-1]['wall_seconds']:.1f} s, test accuracy {mean:.4f}", flush=True)
+    total = time.perf_counter() - started
+    print(f"{text} {precision}: {total:.1f} s for {rates} learning rates of {epochs} epochs", flush=True)
+    return describe(device) | {
+        "protocol": {"model": text, "precision": precision, "epochs": epochs, "share": share, "seconds": total},
+        "runs": runs,
+    }
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Step times of a result as bars: the plain loop, each precision, and its floor as a mark."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from zoology.plot import COLOURS
+
+    records = result["records"]
+    shapes = list(dict.fromkeys((record["seq_len"], record["num_kv_pairs"]) for record in records))
+    precisions = list(dict.fromkeys(record["precision"] for record in records))
+    models = list(dict.fromkeys(record["model"] for record in records))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(5.5 * len(shapes), 1.2 + 0.75 * len(models)), squeeze=False)
+    height = 0.8 / (1 + len(precisions))
+    for axis, shape in zip(axes[0], shapes):
+        found = {(r["model"], r["precision"]): r for r in records if (r["seq_len"], r["num_kv_pairs"]) == shape}
+        at = np.arange(len(models))
+        plain = [next(r["baseline_step_ms"]["median"] for (m, _), r in found.items() if m == model) for model in models]
+        axis.barh(at, plain, height, color="#BBBBBB", label="plain loop, float32")
+        for index, precision in enumerate(precisions, 1):
+            chosen = [found[model, precision] for model in models]
+            y = at + index * height
+            axis.barh(y, [r["step_ms"]["median"] for r in chosen], height, color=COLOURS[index], label=precision)
+            label = "floor" if index == len(precisions) else None
+            axis.plot([r["floor"]["ms"] for r in chosen], y, "k|", markersize=9, label=label)
+        axis.set_yticks(at + height * len(precisions) / 2, models if axis is axes[0][0] else [""] * len(models))
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel("milliseconds per training step")
+        axis.set_title(f"T = {shape[0]}, {shape[1]} pairs, batch {records[0]['batch_size']}")
+    axes[0][-1].legend(loc="lower right", fontsize="small")
+    figure.suptitle(result["device"]["name"])
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def command(
+    models: Annotated[str, typer.Option(help="NAME[:OPTION=VALUE][+NAME...]@WIDTH, separated by commas")] = MODELS,
+    shapes: Annotated[str, typer.Option(help="LENGTHxPAIRS, separated by commas")] = "64x4,256x64",
+    precisions: Annotated[str, typer.Option(help="of fp32, tf32 and bf16, separated by commas")] = "",
+    device: Annotated[str, typer.Option(help="default: the GPU if there is one")] = "",
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    vocab_size: Annotated[int, typer.Option(min=2)] = 8192,
+    steps: Annotated[int, typer.Option(min=1, help="steps per timed repeat")] = 32,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    mode: Annotated[str, typer.Option(help=f"auto, eager, {', '.join(MODES)}")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="raw records, JSON")] = None,
+    plot: Annotated[Path | None, typer.Option(help="figure of the records")] = None,
+    draw_from: Annotated[Path | None, typer.Option("--draw", help="draw these records, measure nothing")] = None,
+    protocol_of: Annotated[str, typer.Option("--protocol", help="time the Based protocol on this model")] = "",
+    epochs: Annotated[int, typer.Option(min=1, help="of the protocol")] = 32,
+) -> None:
+    """Time training steps; see the module's docstring."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = precisions.split(",") if precisions else (["tf32", "bf16"] if where.type == "cuda" else ["fp32"])
+    try:
+        if draw_from is not None:
+            result = json.loads(draw_from.read_text())
+        elif protocol_of:
+            result = protocol(protocol_of, chosen[0], where, epochs=epochs)
+        else:
+            if mode not in ("auto", "eager", *MODES):
+                raise ValueError(f"--mode {mode!r}: must be one of auto, eager, {', '.join(MODES)}")
+            asked = parse_shapes(shapes, batch_size, vocab_size, steps)
+            result = benchmark(models.split(","), asked, chosen, where, repeats=repeats, mode=mode)
+    except ValueError as error:
+        raise SystemExit(f"zoology.benchmark: {error}") from None
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    if plot is not None and "records" in result:
+        draw(result, plot)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
