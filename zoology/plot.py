@@ -202,10 +202,14 @@ def _legend(axis, looks: dict[str, Style], table: pd.DataFrame, has_bound: bool)
     axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=2.8)
 
 
-def save(frame: pd.DataFrame, directory: Path | str) -> list[Path]:
-    """Write tradeoff.png and tradeoff.svg; the same results give the same bytes."""
-    figure = tradeoff(frame)
-    paths = [Path(directory, f"tradeoff.{kind}") for kind in ("png", "svg")]
+def save(frame: pd.DataFrame, directory: Path | str, stem: str = "tradeoff") -> list[Path]:
+    """Write `stem`.png and `stem`.svg; the same results give the same bytes."""
+    return save_figure(tradeoff(frame), directory, stem)
+
+
+def save_figure(figure, directory: Path | str, stem: str) -> list[Path]:
+    """Write a figure as .png and .svg, each at once or not at all."""
+    paths = [Path(directory, f"{stem}.{kind}") for kind in ("png", "svg")]
     for path, metadata in zip(paths, ({}, {"Date": None})):
         temporary = path.with_suffix(f".tmp{path.suffix}")
         figure.savefig(temporary, dpi=200, metadata=metadata)

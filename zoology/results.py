@@ -37,10 +37,15 @@ def load(directory: Path | str) -> pd.DataFrame:
 
     Raises ResultsError for a directory that cannot be read, holds no finished run, or has another schema version.
     """
+    return from_records(load_records(directory))
+
+
+def load_records(directory: Path | str) -> list[dict[str, Any]]:
+    """The contents of every result.json of a results directory; raises as `load` does."""
     found = store.scan(directory)
     if not found.finished:
         raise store.ResultsError(f"{directory} holds no finished run")
-    return from_records(found.finished.values())
+    return list(found.finished.values())
 
 
 def failures(directory: Path | str) -> pd.DataFrame:
@@ -122,6 +127,13 @@ def comparable(frame: pd.DataFrame, run_ids: Iterable[str] | None = None) -> pd.
         return frame[:0]
     commonest = among.value_counts().index[0]
     return frame[frame["run_id"].map(tested) == commonest]
+
+
+def by_test_data(frame: pd.DataFrame) -> list[pd.DataFrame]:
+    """The frame in parts within which all runs were tested on the same data, the shortest tests first."""
+    tested = frame.groupby("run_id", sort=False)["test_hash"].agg(lambda hashes: " ".join(sorted(hashes)))
+    parts = [part for _, part in frame.groupby(frame["run_id"].map(tested), sort=False)]
+    return sorted(parts, key=lambda part: (part["state_seq_len"].max(), part["required_bits"].max()))
 
 
 def select(frame: pd.DataFrame) -> pd.DataFrame:

@@ -52,6 +52,9 @@ def run(
     address: Annotated[str | None, typer.Option(help="address of the Ray cluster; default: one of its own")] = None,
     jobs: Annotated[int | None, typer.Option(help="runs at once, per GPU; default: 1 per GPU, or 1 per core")] = None,
     seeds: Annotated[int | None, typer.Option(help="seeds 0 to N-1 instead of the experiment's own")] = None,
+    best_seeds: Annotated[
+        int | None, typer.Option(help="also seeds 0 to N-1 at the best learning rate, for models that are done")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
     rerun: Annotated[Rerun | None, typer.Option(help="do failed runs, or all, again")] = None,
     architecture_files: Annotated[
@@ -91,6 +94,8 @@ def sweep(options: dict[str, Any]) -> int:
         setups = worker_setups(options, devices, directory)
         with store.open_directory(directory), Signals() as stop:
             found = store.scan(directory)
+            if options["best_seeds"] is not None:
+                configs = with_best_seeds(configs, found.finished, options["best_seeds"])
             runs = plan.make_plan(configs, devices[0], () if options["rerun"] == "all" else found.finished)
             return execute(console, options, runs, found, directory, setups, limits, points, stop)
     except ValueError as error:
@@ -114,6 +119,24 @@ def chosen_runs(options: dict[str, Any], scale: str) -> tuple[list[RunConfig], s
     if options["seeds"] is not None:
         runs = plan.with_seeds(runs, options["seeds"])
     return runs, points
+
+
+def with_best_seeds(runs: list[RunConfig], finished: dict[str, dict[str, Any]], count: int) -> list[RunConfig]:
+    """The runs, and seeds 0 to count - 1 at the selected learning rate of every model whose runs are all finished."""
+    from zoology import results
+
+    if count < 1:
+        raise PlanError(f"--best-seeds {count}: must be at least 1")
+    points: dict[str, list[RunConfig]] = {}
+    for config in runs:
+        points.setdefault(config.point_id, []).append(config)
+    known, added = {config.run_id for config in runs}, []
+    for configs in points.values():
+        if all(config.run_id in finished for config in configs):
+            best = results.select(results.from_records(finished[config.run_id] for config in configs))["lr"].iloc[0]
+            chosen = next(config for config in configs if config.train.lr == best)
+            added += [chosen.model_copy(update={"seed": seed}) for seed in range(count)]
+    return [*runs, *(config for config in added if config.run_id not in known)]
 
 
 def worker_setups(options: dict[str, Any], devices: Sequence[str], directory: Path) -> list[Any]:
@@ -224,17 +247,19 @@ def report(
     if other := len(records) - len(shown):
         _say(console, f"{other} finished runs in {directory} are of models outside this sweep: not in table and plot")
     if shown:
-        frame = results.from_records(shown)
-        console.print(results_table(frame, results.select(frame)))
-        figures = [directory / name for name in ("tradeoff.png", "tradeoff.svg")]
-        if redraw or not all(path.exists() for path in figures):
-            try:
-                figures = plot.save(frame, directory)
-            except OSError as error:
-                _say(console, f"the plot cannot be written: {error}", style="red")
-                figures = []
-        for path in figures:
-            _say(console, str(path))
+        parts = results.by_test_data(results.from_records(shown))
+        for index, part in enumerate(parts, 1):
+            console.print(results_table(part, results.select(part)))
+            stem = "tradeoff" if len(parts) == 1 else f"tradeoff-{index}"
+            figures = [directory / f"{stem}.{kind}" for kind in ("png", "svg")]
+            if redraw or not all(path.exists() for path in figures):
+                try:
+                    figures = plot.save(part, directory, stem)
+                except OSError as error:
+                    _say(console, f"the plot cannot be written: {error}", style="red")
+                    figures = []
+            for path in figures:
+                _say(console, str(path))
     labels = {run.run_id: run.label for run in runs}
     if failed:
         _say(console, f"{len(failed)} runs failed:", style="red")
