@@ -1,8 +1,13 @@
 """Small runs that several test files share."""
 
+from collections import deque
+
 import pytest
 
 from zoology.config import DataConfig, ModelConfig, RunConfig, Slice, TrainConfig, layer
+from zoology.engines.local import EpochDone, Finished, Started
+from zoology.runner import plan, worker
+from zoology.runner.driver import run_sweep
 from zoology.tasks import MQAR
 
 
@@ -27,3 +32,95 @@ def tiny_run(layers=("base_conv", "attention"), *, lr=1e-2, epochs=1, num_exampl
 @pytest.fixture
 def make_run():
     return tiny_run
+
+
+class InProcessEngine:
+    """An engine that executes runs in this process, one at a time, through the code that workers run.
+
+    `script` replaces the outcome of the n-th attempt at a run, by run id, with a failure.
+    """
+
+    slots = 1
+
+    def __init__(self, directory, script=None):
+        self.setup = worker.Setup("cpu", 1, str(directory), (), None, None)
+        self.script = {run_id: deque(failures) for run_id, failures in (script or {}).items()}
+        self.events = deque()
+        self.busy = False
+        self.started = []
+        self.stopped = False
+
+    @property
+    def free(self):
+        return 0 if self.busy else 1
+
+    def start(self, run_id, config_json):
+        self.busy = True
+        self.started.append(run_id)
+        self.events.append(Started(run_id, 0))
+        if self.script.get(run_id):
+            self.events.append(Finished(run_id, None, self.script[run_id].popleft()))
+            return
+        record, failure = worker.attempt(
+            self.setup, config_json, lambda epoch: self.events.append(EpochDone(run_id, epoch))
+        )
+        self.events.append(Finished(run_id, record, failure))
+
+    def poll(self, timeout):
+        event = self.events.popleft()
+        self.busy = not isinstance(event, Finished)
+        return [event]
+
+    def stop(self):
+        self.stopped = True
+
+
+class Watcher:
+    """A view that remembers what it was shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def begin(self, progress):
+        self.progress = progress
+
+    def started(self, run, worker):
+        self.seen.append(("started", run.run_id))
+
+    def epoch(self, run, epoch):
+        self.seen.append(("epoch", run.run_id, epoch["epoch"]))
+
+    def finished(self, run, record, message):
+        self.seen.append(("finished", run.run_id, message))
+
+    def tick(self):
+        self.left = self.progress.seconds_left()
+
+    def end(self):
+        self.seen.append(("end",))
+
+
+@pytest.fixture
+def in_process_engine():
+    return InProcessEngine
+
+
+@pytest.fixture
+def watcher():
+    return Watcher()
+
+
+@pytest.fixture(scope="session")
+def results_directory(tmp_path_factory):
+    """Finished runs of two architectures, two learning rates and two seeds; read it, leave it as it is."""
+    directory = tmp_path_factory.mktemp("results")
+    runs = [
+        tiny_run(layers, lr=lr, seed=seed)
+        for layers in (("base_conv", "attention"), ("base_conv", "based"))
+        for lr in (1e-3, 1e-2)
+        for seed in (0, 1)
+    ]
+    planned = plan.make_plan(runs, "cpu")
+    outcome = run_sweep(planned, InProcessEngine(directory), directory, Watcher(), total=len(planned))
+    assert not outcome.failures
+    return directory

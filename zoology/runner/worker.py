@@ -123,13 +123,19 @@ def _floors(task: tasks.Task, seed: int, directory: str) -> dict[str, float]:
     """Baselines of a task, computed once for all runs and workers of a results directory."""
     identity = json.dumps([task.identity(), seed], sort_keys=True)
     path = Path(directory, "baselines", hashlib.sha256(identity.encode()).hexdigest()[:16] + ".json")
-    try:
-        return json.loads(path.read_text())["accuracy"]
-    except (OSError, ValueError, KeyError):
-        accuracy = tasks.baselines(task, seed=seed)
+    if identity not in _known_floors:
+        try:
+            _known_floors[identity] = json.loads(path.read_text())["accuracy"]
+        except (OSError, ValueError, KeyError):
+            _known_floors[identity] = tasks.baselines(task, seed=seed)
+    if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        store.write_atomically(path, store.to_json({"task": task.config(), "seed": seed, "accuracy": accuracy}))
-        return accuracy
+        content = {"task": task.config(), "seed": seed, "accuracy": _known_floors[identity]}
+        store.write_atomically(path, store.to_json(content))
+    return _known_floors[identity]
+
+
+_known_floors: dict[str, dict[str, float]] = {}
 
 
 def record(setup: Setup, config: RunConfig, outcome: Outcome, floors: dict[str, dict[str, float]]) -> dict[str, Any]:
