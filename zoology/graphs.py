@@ -31,7 +31,7 @@ from zoology.data import Labelled, compact
 from zoology.evaluate import Score, summarise
 from zoology.loops import Batches, Execution, Splits, backends_used, check_losses, epoch_rates
 from zoology.model import LanguageModel
-from zoology.optimizer import FlatAdamW
+from zoology.optimizer import FlatAdamW, Vectors, adamw_update
 from zoology.precision import autocast, computing_in
 from zoology.tasks import IGNORE_INDEX
 
@@ -112,6 +112,21 @@ def batch_loss(
     return kernels.linear_cross_entropy(hidden, weight, targets.flatten(), weight_copy=head, ignore_index=IGNORE_INDEX)
 
 
+def finish_step(
+    vectors: list[Vectors],
+    grads: list[Tensor],
+    scalars: Tensor,
+    losses: Tensor,
+    counter: Tensor,
+    loss: Tensor,
+    **options,
+) -> None:
+    """Update the weights by row `counter` of `scalars` [steps, 3], note the loss, and count."""
+    adamw_update(vectors, grads, scalars.index_select(0, counter)[0], **options)
+    losses.index_copy_(0, counter, loss.to(losses.dtype)[None])
+    counter.add_(1)
+
+
 class StaticLoop:
     """Training and evaluation of one model on one set of data, at static shapes; see the module's docstring.
 
@@ -154,8 +169,8 @@ class StaticLoop:
             weight_decay=self.config.train.weight_decay,
             clip_norm=self.config.train.clip_norm,
             low_precision=torch.bfloat16 if self.precision == "bf16" else None,
-            wrap=compile_apart if self.compiled else lambda function: function,
         )
+        self._finish = compile_apart(finish_step) if self.compiled else finish_step
         self.head = self.optimizer.copies.get("embedding.weight")
         self.pool = torch.cuda.graph_pool_handle() if self.captured else None
         self._steps = [
@@ -200,10 +215,9 @@ class StaticLoop:
         def step() -> None:
             loss = compute(*resident, self.order, self.counter, self.head)
             grads = torch.autograd.grad(loss, self.optimizer.parameters)
+            optimizer, tables = self.optimizer, (self.scalars, self.losses, self.counter)
             with torch.no_grad():
-                self.optimizer.step(grads, self.scalars.index_select(0, self.counter)[0])
-                self.losses.index_copy_(0, self.counter, loss.detach().to(self.losses.dtype)[None])
-                self.counter += 1
+                self._finish(optimizer.vectors, optimizer.gather(grads), *tables, loss.detach(), **optimizer.options)
 
         return step
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,9 +66,9 @@ class FlatAdamW:
     Args:
         names: the parameters that receive gradients; all float32.
         low_precision: the dtype of the linear layers' parameters, or None to leave them in float32.
-        wrap: applied to the update function; `torch.compile`, say.
 
-    `step(grads, scalars)` takes gradients in the order of `names`; `parameters` are what to differentiate by.
+    `step(grads, scalars)` takes gradients in the order of `names`; `parameters` are what to differentiate by. Who
+    wants the update inside a larger function calls `adamw_update(vectors, gather(grads), scalars, **options)`.
     """
 
     def __init__(
@@ -81,7 +81,6 @@ class FlatAdamW:
         low_precision: torch.dtype | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        wrap: Callable = lambda function: function,
     ):
         found = dict(model.named_parameters())
         self.names, self.betas = list(names), betas
@@ -106,8 +105,7 @@ class FlatAdamW:
         self._gradient = torch.zeros_like(self.vectors[0].master) if small else None
         self._gradient_views = list(self._views(self._gradient, small, found).values()) if small else []
         self._order = {name: index for index, name in enumerate(self.names)}
-        self._update = wrap(adamw_update)
-        self._options = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "clip_norm": clip_norm}
+        self.options = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "clip_norm": clip_norm}
 
     def _lay_out(self, group: list[str], found: dict[str, nn.Parameter], low: torch.dtype | None) -> None:
         # A vector of one parameter has its length, as that parameter's gradient does.
@@ -135,6 +133,10 @@ class FlatAdamW:
 
     def step(self, grads: Sequence[Tensor], scalars: Tensor) -> None:
         """Update the weights; `scalars` [3] on the device, from `scalars_at`."""
+        adamw_update(self.vectors, self.gather(grads), scalars, **self.options)
+
+    def gather(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient of each vector: those of small parameters copied into one, the others as they are."""
         gathered = []
         for group in self._groups:
             of_group = [grads[self._order[name]] for name in group]
@@ -142,7 +144,7 @@ class FlatAdamW:
                 torch._foreach_copy_(self._gradient_views, of_group)
                 of_group = [self._gradient]
             gathered += of_group
-        self._update(self.vectors, gathered, scalars, **self._options)
+        return gathered
 
     def scalars_at(self, step: int, lr: float) -> tuple[float, float, float]:
         """What `step` needs to know at the 1-based step number `step`, computed in float64."""

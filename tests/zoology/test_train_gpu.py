@@ -7,7 +7,7 @@ from torch import nn
 import architectures
 from zoology.config import DataConfig, MaskedPrefix, ModelConfig, RunConfig, Slice, TrainConfig, layer
 from zoology.data import compact, gather_labels, load_split
-from zoology.graphs import PickLabelled, batch_loss, compile_apart, fetch_loop, forget_loops, reside
+from zoology.graphs import PickLabelled, batch_loss, compile_apart, fetch_loop, finish_step, forget_loops, reside
 from zoology.loops import labelled_loss
 from zoology.model import LanguageModel
 from zoology.optimizer import FlatAdamW
@@ -162,6 +162,26 @@ def test_the_loss_is_one_graph(names):
     traced = compile_apart(loss, backend="aot_eager")
     for one, other in zip(torch.autograd.grad(traced(*data), list(model.parameters())), plain):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_the_end_of_a_step_is_one_graph():
+    results = []
+    for backend in (None, "aot_eager"):
+        torch.manual_seed(0)
+        model = Two()
+        names = [name for name, _ in model.named_parameters() if name != "unused"]
+        optimizer = FlatAdamW(model, names, weight_decay=0.1, clip_norm=0.1, low_precision=torch.bfloat16)
+        grads = [torch.randn_like(parameter) for parameter in optimizer.parameters]
+        scalars = torch.tensor([[0.0, 1.0, 1.0], optimizer.scalars_at(1, 1e-2)])
+        losses, counter = torch.zeros(2), torch.ones(1, dtype=torch.int64)
+        finish = finish_step if backend is None else compile_apart(finish_step, backend=backend)
+        tables = (scalars, losses, counter)
+        finish(optimizer.vectors, optimizer.gather(grads), *tables, torch.tensor(3.0), **optimizer.options)
+        results.append([*optimizer.vectors[0], *optimizer.vectors[1], losses])
+        assert counter.tolist() == [2]
+        assert losses.tolist() == [0.0, 3.0]
+    for plain, traced in zip(*results):
+        assert torch.equal(plain, traced)
 
 
 @pytest.mark.parametrize("name", architectures.names())
