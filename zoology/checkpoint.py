@@ -12,14 +12,16 @@ VERSION = 1
 
 
 def write_checkpoint(path: Path, run_id: str, state: dict[str, Any]) -> None:
-    """Replace the checkpoint at `path` atomically: a kill at any moment leaves a whole one."""
+    """Replace the checkpoint at `path` atomically: a kill at any moment leaves a whole one.
+
+    It is not forced to the disk, which would take longer than a short epoch: when the machine loses power the file may
+    be lost, which `read_checkpoint` notices.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save({"version": VERSION, "run_id": run_id, "torch": str(torch.__version__)} | state, file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
