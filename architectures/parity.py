@@ -6,6 +6,7 @@ by when it runs in the same precision.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def check(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch
     """
     key = _key(mixer, backend, device, dtype, seq_len)
     if key not in _results:
-        with torch.inference_mode(False), torch.enable_grad():
+        with _apart(device):
             _results[key] = _compare(mixer, backend, device, dtype, seq_len)
         logger.info("parity of %s %s on %s, %s: %s", type(mixer).__name__, backend, device, dtype, _results[key])
     return _results[key]
@@ -84,9 +85,16 @@ def known(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch
 
 def errors(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch.dtype, seq_len: int) -> Errors:
     """Errors of `backend` on the case of `check`, not compared with anything and not kept."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with _apart(device):
         case = _Case(mixer, device, dtype, seq_len)
         return case.errors(backend, dtype, case.run("reference", torch.float64))
+
+
+@contextlib.contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """Gradients on, autocast off (a backward pass on a CPU would see it), whatever the caller is in the middle of."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=False):
+        yield
 
 
 def _compare(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch.dtype, seq_len: int) -> Parity:
@@ -152,7 +160,6 @@ class _Case:
         keep = self.kept if autocast else dtype
         twin.to(keep)
         x = self.x.detach().to(keep).requires_grad_(not self.decode)
-        # Switched off where it is not wanted: the caller may be inside an autocast region.
         with torch.autocast(self.device.type, dtype if autocast else torch.bfloat16, enabled=autocast):
             if self.decode or unroll:
                 return self._decode(twin, x, x.shape[1] if unroll else DECODED).double(), {}

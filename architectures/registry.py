@@ -171,7 +171,7 @@ def load_file(path: str | Path) -> list[str]:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"architectures file {str(path)!r} failed: {type(error).__name__}: {error}") from error
-    added = sorted(name for name, entry in _entries.items() if entry.cls.__module__ == module_name)
+    added = sorted(name for name, entry in _entries.items() if entry.where.rpartition(":")[0] == str(path))
     if not added:
         raise ValueError(f"architectures file {str(path)!r} registers nothing: decorate a class with @register(name)")
     return sorted({*added, *(set(_entries) - before)})

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from architectures import backends, parity, registry
+
 # Functions of transformers that are replaced by an installed library's on import.
 TORCH_FORMS = ("torch_", "chunk_", "recurrent_", "causal_conv1d_")
 
@@ -58,3 +60,17 @@ def transformers_module(monkeypatch):
         return module
 
     return load
+
+
+@pytest.fixture
+def fake_backends(monkeypatch):
+    """The architectures of fake_backends.py with libraries for their backends; forgotten after the test."""
+    monkeypatch.setattr(parity, "_results", {})
+    path = Path(__file__).parent / "fake_backends.py"
+    names = registry.load_file(path)
+    fakes = sys.modules[f"zoology_user_{path.stem}"]
+    absent = backends.Library(("no_such_module",), ("no-such-distribution",), "no-such-extra")
+    monkeypatch.setattr(backends, "LIBRARIES", {**backends.LIBRARIES, **fakes.LIBRARIES, "absent": absent})
+    yield fakes
+    for name in names:
+        registry._entries.pop(name)

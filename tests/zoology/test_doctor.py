@@ -1,0 +1,162 @@
+"""The doctor's table: what auto uses, what is missing, refused or wrong, and the exit code."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import architectures
+from architectures import backends, parity
+from zoology import doctor
+
+CPU = torch.device("cpu")
+
+
+def examine(*names, dtypes=(torch.float32,), **case):
+    return doctor.examine(names, CPU, dtypes, d_model=8, seq_len=20, **case)
+
+
+def statuses(report):
+    return {(row.architecture, row.backend): row.status for row in report.rows}
+
+
+def command(*arguments):
+    return CliRunner().invoke(doctor.app, [*arguments, "--device", "cpu", "--d-model", "8", "--seq-len", "20"])
+
+
+def test_one_row_for_every_backend_with_what_became_of_it(fake_backends):
+    report = examine("fake_right", "fake_absent", "fake_refusing", "fake_wrong_gradient", "fake_wrong_step")
+    assert statuses(report) == {
+        ("fake_right", "right"): "used",
+        ("fake_right", "reference"): "available",
+        ("fake_absent", "absent"): "missing",
+        ("fake_absent", "reference"): "used",
+        ("fake_refusing", "refusing"): "refused",
+        ("fake_refusing", "reference"): "used",
+        ("fake_wrong_gradient", "wrong-gradient"): "failed",
+        ("fake_wrong_gradient", "reference"): "used",
+        ("fake_wrong_step", "wrong-step"): "failed",
+        ("fake_wrong_step", "reference"): "used",
+    }
+    why = {row.backend: row.reason for row in report.rows}
+    assert why["absent"] == "no_such_module not installed: pip install 'zoology[no-such-extra]'"
+    assert why["refusing"] == "d_model=8; allowed: multiples of 64"
+    assert "gradient error of logit 1.0e-02" in why["wrong-gradient"]
+    assert why["wrong-step"].startswith("decoding: output error")
+    assert [row.backend for row in report.failed] == ["wrong-gradient", "wrong-step"]
+    assert report.advice == [
+        "absent (for fake_absent): no_such_module not installed: pip install 'zoology[no-such-extra]'"
+    ]
+
+
+def test_the_table_says_what_auto_does(fake_backends):
+    for name in ("fake_all", "attention", "fake_raising"):
+        mixer = architectures.create(name, d_model=8)
+        used = [row.backend for row in examine(name).rows if row.status == "used"]
+        # The doctor tries both forms of a backend; auto resolves training and decoding apart.
+        assert used == [mixer.resolve_backend(CPU, torch.float32, 1)]
+
+
+def test_errors_are_those_of_the_parity_check(fake_backends):
+    row = examine("fake_right").rows[0]
+    mixer = architectures.create("fake_right", d_model=8)
+    trained = parity.check(mixer, "right", CPU, torch.float32, 20)
+    decoded = parity.check(mixer, "right", CPU, torch.float32, 1)
+    assert (row.output_error, row.output_allowed) == (trained.output, trained.output_allowed)
+    assert (row.gradient_error, row.gradient_allowed) == (trained.gradient, trained.gradient_allowed)
+    assert (row.decode_error, row.decode_allowed) == (decoded.output, decoded.output_allowed)
+    reference = examine("fake_right").rows[1]
+    assert 0 < reference.output_error < 1e-6
+    assert 0 < reference.gradient_error < 1e-5
+    assert reference.output_allowed is None
+
+
+def test_what_fails_behind_the_one_that_is_used_harms_nobody(fake_backends, monkeypatch):
+    monkeypatch.setattr(fake_backends.All, "backends", ("right", "wrong-gradient", "reference"))
+    report = examine("fake_all")
+    assert [row.status for row in report.rows] == ["used", "refused", "available"]
+    assert "parity" in report.rows[1].reason or "gradient error" in report.rows[1].reason
+    assert report.failed == []
+
+
+@pytest.mark.parametrize(
+    ("only", "code"),
+    [
+        ("fake_right", 0),
+        ("fake_absent,fake_refusing", 0),
+        ("fake_wrong_gradient", 1),
+        ("fake_wrong_step", 1),
+        ("fake_right,fake_raising", 1),
+    ],
+)
+def test_exit_code(fake_backends, only, code):
+    result = command("--only", only, "--dtypes", "float32")
+    assert result.exit_code == code, result.output
+    assert ("FAILED" in result.output) == bool(code)
+
+
+def test_json_holds_what_the_table_shows(fake_backends):
+    result = command("--only", "fake_all,fake_right", "--json")
+    told = json.loads(result.stdout, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert result.exit_code == 1
+    assert told["passed"] is False
+    assert told["case"] == {"d_model": 8, "seq_len": 20}
+    assert {row["dtype"] for row in told["rows"]} == {"float32", "bfloat16"}
+    found = {(r["architecture"], r["dtype"], r["backend"]): r for r in told["rows"]}
+    assert found["fake_all", "float32", "raising"]["status"] == "failed"
+    assert found["fake_all", "float32", "raising"]["output_error"] is None
+    assert found["fake_all", "float32", "wrong-gradient"]["gradient_of"] == "logit"
+    assert found["fake_right", "bfloat16", "right"]["status"] == "used"
+    assert told["machine"]["versions"]["torch"] == backends.installed("torch")
+    assert set(told["machine"]["versions"]) >= {"triton", "flash-attn", "mamba-ssm", "causal-conv1d", "fla-core"}
+    assert json.loads(command("--only", "fake_right", "--json").stdout)["passed"] is True
+
+
+def test_the_table_is_readable(fake_backends):
+    text = command("--only", "fake_wrong_gradient,fake_absent", "--dtypes", "float32").stdout
+    assert "Could be installed:" in text
+    assert "pip install 'zoology[no-such-extra]'" in text
+    header = next(line for line in text.splitlines() if "architecture" in line)
+    assert header.replace("┃", " ").split() == [
+        "architecture", "dtype", "backend", "status", "output", "gradient", "decoding", "why",
+    ]  # fmt: skip
+    line = next(line for line in text.splitlines() if "wrong-gradient" in line and "│" in line)
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells[:4] == ["fake_wrong_gradient", "float32", "wrong-gradient", "failed"]
+    assert cells[5].startswith("1e-02 (")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "atention"], "unknown architecture 'atention': did you mean 'attention'"),
+        (["--dtypes", "float8"], "--dtypes float8: must be one of float32, bfloat16"),
+        (["--architectures", "none.py"], "does not exist"),
+    ],
+)
+def test_bad_input_is_explained(arguments, message):
+    result = command(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_device_that_is_not_there_is_explained(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(doctor.app, ["--device", "cuda"])
+    assert result.exit_code == 2
+    assert "--device cuda: torch sees no CUDA device here" in result.stderr
+
+
+def test_every_architecture_is_well_here():
+    """All of the zoo, small: nothing that auto uses on this machine is wrong."""
+    report = examine(*architectures.names(), dtypes=(torch.float32,))
+    assert report.failed == []
+    used = [row.architecture for row in report.rows if row.status == "used"]
+    assert used == architectures.names()
+
+
+@pytest.mark.gpu
+def test_gpu_nothing_that_auto_uses_is_wrong():
+    report = doctor.examine(architectures.names(), torch.device("cuda"), [torch.float32, torch.bfloat16])
+    assert [str(row) for row in report.failed] == []
