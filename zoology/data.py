@@ -71,14 +71,19 @@ def mask_prefix(batch: Labelled, prefix_length: int, masking: MaskedPrefix, gene
     do not depend on the draw (the published code flips a coin for each token). Returns masked tokens [N, T], positions
     and targets [N, P + K], the last K columns being those of the hidden tokens. `generator` is one of the CPU.
     """
-    count = max(1, round(masking.share * prefix_length))
     draws = torch.rand(batch.tokens.shape[0], prefix_length, generator=generator)
-    hidden = draws.argsort(dim=1)[:, :count].to(batch.tokens.device)
-    return Labelled(
+    return hide_tokens(batch, draws.to(batch.tokens.device), masking)[0]
+
+
+def hide_tokens(batch: Labelled, draws: Tensor, masking: MaskedPrefix) -> tuple[Labelled, Tensor]:
+    """`mask_prefix` by given draws [N, prefix_length], the smallest of which are hidden; also their places [N, K]."""
+    hidden = draws.argsort(dim=1)[:, : max(1, round(masking.share * draws.shape[1]))]
+    masked = Labelled(
         batch.tokens.scatter(1, hidden, masking.mask_token),
         torch.cat([batch.positions, hidden], dim=1),
         torch.cat([batch.targets, batch.tokens.gather(1, hidden)], dim=1),
     )
+    return masked, hidden
 
 
 def epoch_batches(

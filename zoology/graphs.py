@@ -12,6 +12,7 @@ On a CPU, or with `captured=False`, the same step runs without recording.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -26,8 +27,8 @@ from torch import Tensor
 
 import kernels
 from kernels.linear_cross_entropy import choose_loss_backend
-from zoology.config import RunConfig, Slice
-from zoology.data import Labelled, compact
+from zoology.config import MaskedPrefix, RunConfig, Slice
+from zoology.data import Labelled, compact, hide_tokens
 from zoology.evaluate import Score, summarise
 from zoology.loops import Batches, Execution, Splits, backends_used, check_losses, epoch_rates
 from zoology.model import LanguageModel
@@ -91,25 +92,41 @@ def batch_loss(
     head: Tensor | None,
     prefix_length: int,
     precision: str,
+    masking: MaskedPrefix | None = None,
 ) -> Tensor:
     """The training loss of batch `counter` [1] of `order` [steps, B]; rows of -1 are filling and count for nothing.
 
-    `head` [V, D] is the embedding in the dtype that logits are computed in, if that is not its own.
+    `head` [V, D] is the embedding in the dtype that logits are computed in, if that is not its own. `masking` hides
+    tokens of the prefix, which must be free of labels, at random on the device.
     """
     rows = order.index_select(0, counter)[0].long()
     used = (rows >= 0)[:, None]
     rows = rows.clamp_min(0)
     tokens, positions, slots = (tensor[rows].long() for tensor in (data.tokens, data.positions, data.slots))
-    targets = torch.where(used, data.targets[rows].long(), IGNORE_INDEX)
+    targets, asked = data.targets[rows].long(), positions.shape[1]
+    if masking is not None and prefix_length > 0:
+        draws = torch.rand(tokens.shape[0], prefix_length, device=tokens.device)
+        (tokens, positions, targets), hidden_at = hide_tokens(Labelled(tokens, positions, targets), draws, masking)
+        numbers = torch.arange(asked, positions.shape[1], device=tokens.device)
+        slots = slots.scatter(1, hidden_at, numbers.expand_as(hidden_at))
+    targets = torch.where(used, targets, IGNORE_INDEX)
 
     def pick(x: Tensor) -> Tensor:
         return PickLabelled.apply(x, positions, slots)
 
     with autocast(precision, tokens.device):
-        hidden = model.hidden(tokens, prefix_length, pick).flatten(0, 1)
+        hidden = model.hidden(tokens, prefix_length, pick)
     weight = model.embedding.weight
     hidden = hidden.to(weight.dtype if head is None else head.dtype)
-    return kernels.linear_cross_entropy(hidden, weight, targets.flatten(), weight_copy=head, ignore_index=IGNORE_INDEX)
+
+    def cross_entropy(columns: slice) -> Tensor:
+        h, at = hidden[:, columns].flatten(0, 1), targets[:, columns].flatten()
+        return kernels.linear_cross_entropy(h, weight, at, weight_copy=head, ignore_index=IGNORE_INDEX)
+
+    loss = cross_entropy(slice(0, asked))
+    if positions.shape[1] > asked:
+        loss = loss + masking.weight * cross_entropy(slice(asked, None))
+    return loss
 
 
 def finish_step(
@@ -134,8 +151,6 @@ class StaticLoop:
     """
 
     def __init__(self, config: RunConfig, device: torch.device, splits: Splits, *, compiled: bool, captured: bool):
-        if config.train.masked_prefix is not None:
-            raise ValueError("train.masked_prefix draws its masks on the host")
         started = time.perf_counter()
         self.config, self.device, self.splits = config, device, splits
         self.compiled, self.captured = compiled, captured
@@ -157,6 +172,9 @@ class StaticLoop:
     def _build(self) -> None:
         data, device = self.config.data, self.device
         self.parts = [(part, reside(labelled)) for part, labelled in self.splits["train"]]
+        for part, resident in self.parts:
+            if self.config.train.masked_prefix and bool((resident.slots[:, : part.task.prefix_length] >= 0).any()):
+                raise ValueError(f"train.masked_prefix: slice {part.label!r} has labels within its prefix")
         steps = sum(-(-part.tokens.shape[0] // data.batch_size) for _, part in self.parts)
         self.order = torch.zeros(steps, data.batch_size, dtype=torch.int32, device=device)
         self.scalars = torch.zeros(steps, 3, device=device)
@@ -207,7 +225,14 @@ class StaticLoop:
         def loss_of_batch(*tensors: Tensor | None) -> Tensor:
             *columns, order, counter, head = tensors
             return batch_loss(
-                self.model, Resident(*columns), order, counter, head, part.task.prefix_length, self.precision
+                self.model,
+                Resident(*columns),
+                order,
+                counter,
+                head,
+                part.task.prefix_length,
+                self.precision,
+                self.config.train.masked_prefix,
             )
 
         compute = compile_apart(loss_of_batch) if self.compiled else loss_of_batch
@@ -405,6 +430,7 @@ def fetch_loop(
         return loop, loop.execution.reason
     while len(_loops) >= KEPT_LOOPS:
         _loops.popitem(last=False)
+    gc.collect()  # a loop and its steps refer to each other
     wanted = ["compiled graph", "graph"] if mode == "auto" else [mode]
     reasons = []
     for name in wanted:
@@ -431,3 +457,4 @@ def fetch_loop(
 def forget_loops() -> None:
     """Free every loop that is kept, and its memory on the device."""
     _loops.clear()
+    gc.collect()

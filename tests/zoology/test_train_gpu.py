@@ -210,18 +210,32 @@ def test_what_cannot_run_as_a_graph_runs_without_and_says_why(caplog):
     assert [record.args[:2] for record in caplog.records] == [("attention", "compiled graph"), ("attention", "graph")]
 
 
-def test_a_named_mode_is_run_or_refused():
-    task = SetDisjointness(vocab_size=64, first_size=4, second_size=8)
+def masked_run(task):
+    """A run with the masked-token loss on the prefix."""
     part = Slice(task=task, num_examples=20)
-    config = RunConfig(
+    return RunConfig(
         architecture="attention",
-        model=ModelConfig(vocab_size=64, d_model=16, layers=[layer("attention")]),
-        data=DataConfig(train=[part], test=[part]),
-        train=TrainConfig(lr=1e-3, epochs=1, masked_prefix=MaskedPrefix()),
+        model=ModelConfig(vocab_size=64, d_model=16, layers=[layer("attention")], embed_dropout=0.0),
+        data=DataConfig(train=[part], test=[part], batch_size=8),
+        train=TrainConfig(lr=1e-3, epochs=2, masked_prefix=MaskedPrefix(share=0.3, weight=0.5)),
     )
-    with pytest.raises(ValueError, match=r"train.masked_prefix draws its masks on the host"):
+
+
+def test_the_masked_prefix_is_that_of_the_eager_loop(monkeypatch):
+    """With the same draws: the loops take theirs from different generators."""
+    monkeypatch.setattr(torch, "rand", lambda n, length, **_: (torch.arange(n * length) * 7919 % 97).view(n, length))
+    config = masked_run(SetDisjointness(vocab_size=64, first_size=4, second_size=8))
+    eager, static = (train(config, mode=mode) for mode in ("eager", "static"))
+    assert [e.loss for e in static.epochs] == pytest.approx([e.loss for e in eager.epochs], rel=2e-5)
+    bare = train(config.model_copy(update={"train": TrainConfig(lr=1e-3, epochs=2)}), mode="static")
+    assert static.epochs[0].loss > bare.epochs[0].loss + 1
+
+
+def test_labels_within_a_masked_prefix_are_refused(monkeypatch):
+    config = masked_run(SetDisjointness(vocab_size=64, first_size=4, second_size=8))
+    monkeypatch.setattr(SetDisjointness, "prefix_length", property(lambda self: self.seq_len))
+    with pytest.raises(ValueError, match=r"train.masked_prefix: slice .* has labels within its prefix"):
         train(config, mode="static")
-    assert train(config).execution.mode == "eager"
 
 
 # -- the optimizer ------------------------------------------------------------------------------------------
