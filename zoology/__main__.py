@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "run": "run a sweep",
     "plot": "redraw the figure of a results directory",
+    "compare": "put results beside the published ones",
     "doctor": "what this machine can run",
     "benchmark": "speed and memory of the architectures",
 }

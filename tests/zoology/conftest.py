@@ -1,12 +1,16 @@
 """Small runs that several test files share."""
 
+import functools
 from collections import deque
+from pathlib import Path
 
 import pytest
+import torch
 
-from zoology.config import DataConfig, ModelConfig, RunConfig, Slice, TrainConfig, layer
+from zoology.config import SCHEMA_VERSION, DataConfig, ModelConfig, RunConfig, Slice, TrainConfig, layer
 from zoology.engines.local import EpochDone, Finished, Started
-from zoology.runner import plan, worker
+from zoology.model import LanguageModel
+from zoology.runner import plan, store, worker
 from zoology.runner.driver import run_sweep
 from zoology.tasks import MQAR
 
@@ -124,3 +128,82 @@ def results_directory(tmp_path_factory):
     outcome = run_sweep(planned, InProcessEngine(directory), directory, Watcher(), total=len(planned))
     assert not outcome.failures
     return directory
+
+
+def made_up_record(config, accuracy, *, validation=None, seconds=60.0):
+    """The record of a run that never ran: `accuracy` on test by slice, or the same on all; so for `validation`."""
+    validation, labels = accuracy if validation is None else validation, [part.label for part in config.data.test]
+    scores = [
+        values if isinstance(values, dict) else dict.fromkeys(labels, values) for values in (validation, accuracy)
+    ]
+    score = {part.label: {"stderr": 0.005, "num_examples": part.num_examples} for part in config.data.test}
+    with torch.device("meta"):
+        model = LanguageModel(config.model)
+    hashes = config.data.hashes()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": config.run_id,
+        "point_id": config.point_id,
+        "architecture": config.architecture,
+        "config": config.model_dump(mode="json"),
+        "train_hashes": hashes["train"],
+        "slices": [
+            {
+                "name": part.label,
+                "task": part.task.config(),
+                "seq_len": part.task.seq_len,
+                "required_bits": part.task.required_bits(),
+                "answers": part.task.num_questions,
+                "validation": score[part.label] | {"accuracy": scores[0][part.label]},
+                "test": score[part.label] | {"accuracy": scores[1][part.label]},
+                "baselines": {},
+                "validation_hash": hashes["validation"][index],
+                "test_hash": hashes["test"][index],
+            }
+            for index, part in enumerate(config.data.test)
+        ],
+        "state": {
+            str(length): {"elements": model.state_size(length), "bytes": model.state_bytes(length)}
+            for length in {part.task.seq_len for part in config.data.test}
+        },
+        "parameters": model.num_parameters(),
+        "device": {"type": "cuda", "name": "made up"},
+        "backends": {},
+        "versions": {"torch": "made up"},
+        "git": None,
+        "precision": "fp32",
+        "dtype": "float32",
+        "epochs": config.train.epochs,
+        "selected_epoch": config.train.epochs,
+        "stopped_early": False,
+        "train_seconds": seconds,
+        "wall_seconds": seconds,
+        "examples_per_second": 1.0,
+        "peak_memory_bytes": 1,
+    }
+
+
+@pytest.fixture(scope="session")
+def make_record():
+    return made_up_record
+
+
+@pytest.fixture(scope="session")
+def paper_runs():
+    """The runs of an experiment's paper scale, by file name."""
+    folder = Path(__file__).parents[2] / "experiments"
+    return functools.cache(lambda name: plan.load_sweep(folder / name, "paper"))
+
+
+@pytest.fixture
+def write_records(tmp_path):
+    """Write records as a results directory."""
+
+    def write(records):
+        for record in records:
+            folder = tmp_path / record["run_id"]
+            folder.mkdir()
+            (folder / "result.json").write_text(store.to_json(record))
+        return tmp_path
+
+    return write

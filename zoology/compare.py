@@ -1,0 +1,355 @@
+"""Results beside the published ones: state, accuracy, difference, and whether that is more than repeats differ by.
+
+python -m zoology.compare DIR --to published [--json]
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from zoology import published, results
+from zoology.config import ModelConfig
+from zoology.published import Point, Protocol
+from zoology.runner import store
+
+WITHIN, UNCLEAR, OUTSIDE = "within", "unclear", "outside"
+MARKS = {WITHIN: "", UNCLEAR: "?", OUTSIDE: "*"}
+LEGEND = {
+    OUTSIDE: "further from the published value than repeats of the published run are",
+    UNCLEAR: "further than repeats of Based, not further than those of H3 and Hyena; its own are not known",
+}
+BUDGETS = [2**exponent for exponent in range(12, 23)]  # bytes at which architectures are put in order
+
+
+class Comparison(NamedTuple):
+    """Runs that are tested as one published figure is, beside it.
+
+    `points`: one row per published point that has been run (see `compare`). `missing`: the published points that have
+    not. `unpublished`: models run that the figure does not have. `departures`: in what runs differ from the
+    protocol. `left_out`: runs tested on other examples than most.
+    """
+
+    protocol: Protocol
+    points: pd.DataFrame
+    missing: list[Point]
+    unpublished: list[str]
+    departures: list[str]
+    left_out: int
+
+
+def compare(records: Iterable[dict[str, Any]]) -> list[Comparison]:
+    """Records, the contents of result.json files, beside every published figure that some of them repeat.
+
+    A run repeats a point if it is tested on the figure's slices and is the same model (`published.matches`). Where
+    several models are, as the figure's best of equal state, the one best on validation is taken. Columns of `points`:
+    what identifies the model, `state_bytes` as measured and `field_bytes` as published; `accuracy` with `low`, `high`,
+    `num_seeds`; `hardest` on the slice that needs most bits; `minutes` of computing over all its rates and seeds;
+    `published` with `precision` and `approximate`; `difference`; `spread_low` and `spread_high`, what is known of how
+    far repeats lie apart; `verdict`, by the difference less the precision: "within" the spread, "outside" of it, or
+    "unclear" between what it might be.
+
+    Raises ResultsError if no record repeats a published point.
+    """
+    records = list(records)
+    by_protocol: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        protocol = published.protocol_of(record["config"])
+        if protocol is not None:
+            by_protocol.setdefault(protocol.name, []).append(record)
+    if not by_protocol:
+        raise store.ResultsError(_no_protocol(records))
+    found = [
+        _compare(published.protocols()[name], by_protocol[name])
+        for name in published.protocols()
+        if name in by_protocol
+    ]
+    if all(comparison.points.empty for comparison in found):
+        raise store.ResultsError(_no_point(found))
+    return [comparison for comparison in found if not comparison.points.empty]
+
+
+def _compare(protocol: Protocol, records: list[dict[str, Any]]) -> Comparison:
+    frame = results.from_records(records)
+    kept = results.comparable(frame)
+    run_ids = set(kept["run_id"])
+    records = [record for record in records if record["run_id"] in run_ids]
+    configs = {record["point_id"]: record["config"] for record in records}
+    models = {point_id: ModelConfig(**config["model"]) for point_id, config in configs.items()}
+    away = {point_id: published.departures(config, protocol) for point_id, config in configs.items()}
+    selected = results.select(kept)
+    means = selected[selected["slice"] == results.MEAN].set_index("point_id")
+    hardest = selected[selected["slice"] == results.slice_names(kept)[-1]].set_index("point_id")["accuracy"]
+    minutes = kept.drop_duplicates("run_id").groupby("point_id")["wall_seconds"].sum() / 60
+    rows, missing, used = [], [], set()
+    for point in published.points(protocol.name):
+        candidates = [name for name, model in models.items() if published.matches(point, model, protocol.seq_len)]
+        if not candidates:
+            missing.append(point)
+            continue
+        best = min(candidates, key=lambda name: (len(away[name]), -means.loc[name, "validation_accuracy"]))
+        used.update(candidates)
+        extra = {
+            "field_bytes": published.field_bytes(models[best], protocol.seq_len),
+            "hardest": float(hardest[best]),
+            "minutes": float(minutes[best]),
+            "d_model": models[best].d_model,
+        }
+        rows.append(_row(point, means.loc[best], extra))
+    unused = [f"{means.loc[name, 'architecture']} {means.loc[name, 'point']}" for name in models if name not in used]
+    counts = Counter(text for record in records for text in away[record["point_id"]])
+    said = [
+        text + ("" if count == len(records) else f" ({count} of {len(records)} runs)") for text, count in counts.items()
+    ]
+    left_out = frame["run_id"].nunique() - len(run_ids)
+    return Comparison(protocol, pd.DataFrame(rows), missing, sorted(unused), said, left_out)
+
+
+def _row(point: Point, ours: pd.Series, extra: dict[str, Any]) -> dict[str, Any]:
+    spread = published.spread(point.architecture, point.slice)
+    difference = float(ours["accuracy"]) - point.accuracy
+    kept = ("point", "state_bytes", "lr", "lr_at_edge", "accuracy", "low", "high", "worst", "best", "num_seeds")
+    return (
+        {"point_id": ours.name, "architecture": point.architecture}
+        | {key: ours[key] for key in kept}
+        | extra
+        | {
+            "published": point.accuracy,
+            "precision": point.precision,
+            "approximate": point.approximate,
+            "difference": difference,
+            "spread_low": spread.low,
+            "spread_high": spread.high,
+            "verdict": verdict(difference, point.precision, spread),
+            "source": point.source,
+            "spread_source": spread.source,
+        }
+    )
+
+
+def verdict(difference: float, precision: float, spread: published.Spread) -> str:
+    """Whether a difference is "within" the known spread, "outside" of it, or "unclear" where the spread is a range."""
+    excess = abs(difference) - precision - 1e-9
+    if excess <= spread.low:
+        return WITHIN
+    return UNCLEAR if excess <= spread.high else OUTSIDE
+
+
+def order(points: pd.DataFrame, memory: str) -> list[dict[str, Any]]:
+    """Architectures by accuracy at equal memory, published and ours, from the `points` of a comparison.
+
+    `memory` is "field_bytes", "state_bytes" or "d_model". At a budget of bytes an architecture counts with its best
+    point that fits, published and ours alike; at a width with that width. `reversed` lists the pairs that the figure
+    orders by more than the least spread and that come out the other way round: architectures, both differences, and
+    whether the published one is `clear`, more than the spread may be.
+    """
+    rows, before = [], None
+    budgets = sorted(points["d_model"].unique()) if memory == "d_model" else BUDGETS
+    for budget in budgets:
+        fits = points[points[memory] == budget] if memory == "d_model" else points[points[memory] <= budget]
+        best = {
+            name: (
+                group["published"].max(),
+                group["accuracy"].max(),
+                group["spread_low"].max(),
+                group["spread_high"].max(),
+            )
+            for name, group in fits.groupby("architecture")
+        }
+        if len(best) > 1 and best != before:
+            rows.append({"budget": int(budget)} | _ranked(best))
+        before = best
+    return rows
+
+
+def _ranked(best: dict[str, tuple[float, float, float, float]]) -> dict[str, Any]:
+    ranking = {
+        kind: sorted(((name, float(values[index])) for name, values in best.items()), key=lambda pair: -pair[1])
+        for index, kind in enumerate(("published", "ours"))
+    }
+    swapped, decided = [], 0
+    for (first, of_first), (second, of_second) in combinations(best.items(), 2):
+        theirs, ours = of_first[0] - of_second[0], of_first[1] - of_second[1]
+        if abs(theirs) <= max(of_first[2], of_second[2]) + 1e-9:
+            continue
+        decided += 1
+        if theirs * ours < 0:
+            pair = [first, second] if theirs > 0 else [second, first]
+            clear = abs(theirs) > max(of_first[3], of_second[3])
+            swapped.append({"pair": pair, "published": abs(theirs), "ours": -abs(ours), "clear": bool(clear)})
+    return ranking | {"decided": decided, "reversed": swapped}
+
+
+def to_json(comparisons: Sequence[Comparison]) -> str:
+    """Everything `compare` found, as JSON."""
+    return store.to_json(
+        [
+            {
+                "protocol": comparison.protocol.name,
+                "title": comparison.protocol.title,
+                "source": comparison.protocol.source,
+                "departures": comparison.departures,
+                "left_out": comparison.left_out,
+                "points": comparison.points.to_dict("records"),
+                "order": {memory: order(comparison.points, memory) for memory in _memories(comparison)},
+                "missing": [point._asdict() for point in comparison.missing],
+                "unpublished": comparison.unpublished,
+            }
+            for comparison in comparisons
+        ],
+        indent=1,
+    )
+
+
+def _memories(comparison: Comparison) -> list[str]:
+    return ["d_model"] if comparison.protocol.memory == "d_model" else ["field_bytes", "state_bytes"]
+
+
+def _no_protocol(records: list[dict[str, Any]]) -> str:
+    figures = "; ".join(
+        f"{p.title} tests on {_tests(p.test)} with {p.vocab_size} tokens" for p in published.protocols().values()
+    )
+    tested = {
+        (part["task"].get("seq_len"), part["task"].get("num_kv_pairs"), part["task"].get("vocab_size"))
+        for record in records
+        for part in record["config"]["data"]["test"]
+    }
+    ours = ", ".join(f"{length}x{pairs} with {size}" for length, pairs, size in sorted(tested, key=str)[:8])
+    return (
+        f"none of the {len(records)} runs is tested as a published figure is: {figures} (length x pairs); "
+        f"these are tested on {ours}"
+    )
+
+
+def _no_point(found: list[Comparison]) -> str:
+    ran = sorted({name for comparison in found for name in comparison.unpublished})
+    there = sorted({f"{point.architecture} {point.label}" for comparison in found for point in comparison.missing})
+    figures = ", ".join(comparison.protocol.title for comparison in found)
+    return f"no model of the runs is in {figures}: run were {'; '.join(ran[:8])}; published are {'; '.join(there)}"
+
+
+def _tests(rows: Iterable[tuple[int, int, int]]) -> str:
+    return ", ".join(f"{length}x{pairs}" for length, pairs, _ in rows)
+
+
+def show(comparison: Comparison, console) -> None:
+    """Print a comparison: the table of points, the order of architectures, and what is not in them."""
+    from rich.table import Table
+
+    protocol, points = comparison.protocol, comparison.points
+    by_bytes = protocol.memory == "field_bytes"
+    table = Table(box=None, pad_edge=False, title=f"{protocol.title} ({protocol.source})", title_justify="left")
+    table.add_column("architecture")
+    table.add_column("model", overflow="fold")
+    for title in (
+        "state bytes",
+        "field's" if by_bytes else "",
+        "accuracy",
+        "95% interval",
+        "seeds",
+        "published",
+        "difference",
+        "",
+    ):
+        table.add_column(title, justify="right")
+    for _, row in points.iterrows():
+        table.add_row(*cells(row))
+    console.print(table)
+    lines = [f"{MARKS[kind]} {text}" for kind, text in LEGEND.items() if (points["verdict"] == kind).any()]
+    counts = points["verdict"].value_counts()
+    lines.append(
+        ", ".join(f"{counts.get(kind, 0)} {kind}" for kind in MARKS) + f" the known spread, of {len(points)} points run"
+    )
+    lines += [f"differs from the protocol in {text}" for text in comparison.departures]
+    for memory in _memories(comparison):
+        summary, *pairs = order_lines(points, memory)
+        lines += [f"order at equal {_memory_name(memory)}: {summary}", *(f"  {pair}" for pair in pairs)]
+    if comparison.missing:
+        lines.append("not run: " + "; ".join(_said(point) for point in comparison.missing))
+    if comparison.unpublished:
+        lines.append("not published: " + "; ".join(comparison.unpublished))
+    if comparison.left_out:
+        lines.append(f"left out: {comparison.left_out} runs that were tested on other examples")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print()
+
+
+def cells(row: pd.Series) -> tuple[str, ...]:
+    """One point as text, in the columns of `show`."""
+    return (
+        row["architecture"],
+        row["point"],
+        f"{row['state_bytes']:,}",
+        "" if pd.isna(row["field_bytes"]) else f"{int(row['field_bytes']):,}",
+        f"{row['accuracy']:.3f}",
+        "" if pd.isna(row["low"]) else f"{row['low']:.3f}-{row['high']:.3f}",
+        str(row["num_seeds"]),
+        f"{'~' if row['approximate'] else ''}{row['published']:.3f}",
+        f"{row['difference']:+.3f}",
+        MARKS[row["verdict"]],
+    )
+
+
+def order_lines(points: pd.DataFrame, memory: str) -> list[str]:
+    """How many pairs of architectures come out in the published order at equal memory, and each that does not."""
+    rows = order(points, memory)
+    decided, swapped = (
+        sum(row["decided"] for row in rows),
+        [(row["budget"], pair) for row in rows for pair in row["reversed"]],
+    )
+    lines = [f"{decided - len(swapped)} of {decided} pairs that the figure decides, as published"]
+    for budget, pair in swapped:
+        first, second = pair["pair"]
+        at = f"{budget:,} bytes" if memory != "d_model" else f"d_model {budget}"
+        doubt = "" if pair["clear"] else ", which may be within the spread"
+        lines.append(
+            f"at {at} {first} is {-pair['ours']:.3f} below {second}, published {pair['published']:.3f} above{doubt}"
+        )
+    return lines
+
+
+def _memory_name(memory: str) -> str:
+    return {"field_bytes": "memory as the field counts it", "state_bytes": "measured memory", "d_model": "width"}[
+        memory
+    ]
+
+
+def _said(point: Point) -> str:
+    size = f"{point.field_bytes:,} bytes" if point.field_bytes else ""
+    return " ".join(filter(None, (point.architecture, point.label if point.label != "unknown" else "", size)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m zoology.compare DIR --to published [--json]`: print results beside the published ones."""
+    import argparse
+    import sys
+
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(prog="python -m zoology.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="results directory")
+    parser.add_argument("--to", choices=["published"], default="published", help="what to compare with")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options = parser.parse_args(arguments)
+    try:
+        comparisons = compare(results.load_records(options.directory))
+    except (ValueError, OSError) as error:
+        print(f"error: {options.directory}: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(to_json(comparisons))
+        return 0
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    for comparison in comparisons:
+        show(comparison, console)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
