@@ -207,6 +207,13 @@ def save(frame: pd.DataFrame, directory: Path | str, stem: str = "tradeoff") -> 
     return save_figure(tradeoff(frame), directory, stem)
 
 
+def save_all(frame: pd.DataFrame, directory: Path | str) -> list[Path]:
+    """`save`, once for each set of test data: tradeoff, or tradeoff-1, tradeoff-2, ..."""
+    parts = results.by_test_data(frame)
+    stems = ["tradeoff"] if len(parts) == 1 else [f"tradeoff-{number}" for number in range(1, len(parts) + 1)]
+    return [path for part, stem in zip(parts, stems) for path in save(part, directory, stem)]
+
+
 def save_figure(figure, directory: Path | str, stem: str) -> list[Path]:
     """Write a figure as .png and .svg, each at once or not at all."""
     paths = [Path(directory, f"{stem}.{kind}") for kind in ("png", "svg")]
@@ -227,11 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="where to write tradeoff.png and tradeoff.svg (default: the results directory)")
     options = parser.parse_args(arguments)
     try:
-        frame = results.load(options.directory)
-        kept = results.comparable(frame)
-        if left_out := frame["run_id"].nunique() - kept["run_id"].nunique():
-            print(f"left out: {left_out} runs that were tested on other data", file=sys.stderr)
-        paths = save(kept, options.out or options.directory)
+        paths = save_all(results.load(options.directory), options.out or options.directory)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -116,24 +116,20 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def comparable(frame: pd.DataFrame, run_ids: Iterable[str] | None = None) -> pd.DataFrame:
-    """The runs that were tested on the same data as most (of those in `run_ids`): accuracies of others mean others.
-
-    A results directory holds different test data when its experiment was edited between two sweeps.
-    """
-    tested = frame.groupby("run_id", sort=False)["test_hash"].agg(lambda hashes: " ".join(sorted(hashes)))
-    among = tested if run_ids is None else tested[tested.index.isin(set(run_ids))]
-    if among.empty:
-        return frame[:0]
-    commonest = among.value_counts().index[0]
-    return frame[frame["run_id"].map(tested) == commonest]
-
-
 def by_test_data(frame: pd.DataFrame) -> list[pd.DataFrame]:
-    """The frame in parts within which all runs were tested on the same data, the shortest tests first."""
+    """The frame in parts within which all runs were tested on the same data, the shortest tests first.
+
+    Accuracies of different parts cannot be compared. A directory has several where its experiment tests on several
+    data sets, or was edited between two sweeps.
+    """
     tested = frame.groupby("run_id", sort=False)["test_hash"].agg(lambda hashes: " ".join(sorted(hashes)))
     parts = [part for _, part in frame.groupby(frame["run_id"].map(tested), sort=False)]
     return sorted(parts, key=lambda part: (part["state_seq_len"].max(), part["required_bits"].max()))
+
+
+def comparable(frame: pd.DataFrame) -> pd.DataFrame:
+    """The largest part of `by_test_data`."""
+    return max(by_test_data(frame), key=lambda part: part["run_id"].nunique())
 
 
 def select(frame: pd.DataFrame) -> pd.DataFrame:
@@ -145,10 +141,10 @@ def select(frame: pd.DataFrame) -> pd.DataFrame:
     (clipped to [0, 1]; NaN for one seed), `worst` and `best` the range of the seeds. `lr_at_edge` says that a
     rate beyond the grid might have been better: the selected one is the smallest or largest of several.
 
-    Raises ValueError for runs that were tested on different data: see `comparable`.
+    Raises ValueError for runs that were tested on different data: see `by_test_data`.
     """
-    if len(comparable(frame)) < len(frame):
-        raise ValueError("the runs were tested on different data: compare `comparable(frame)` only")
+    if (number := len(by_test_data(frame))) > 1:
+        raise ValueError(f"the runs were tested on {number} different data sets: take one part of by_test_data(frame)")
     runs = frame.drop_duplicates("run_id")
     chosen = {point: _best_rate(group) for point, group in runs.groupby("point_id", sort=False)}
     kept = frame[frame["lr"] == frame["point_id"].map(chosen)]

@@ -243,33 +243,39 @@ def report(
     """Table and plot of the models in `points`, failures, and how to go on."""
     from zoology import plot, results
 
+    if how in (Exit.INTERRUPTED, Exit.TERMINATED):
+        # Whoever stops a sweep wants the prompt, not a plot.
+        return _how_to_go_on(console, runs, directory, records, "interrupted", how)
     shown = [record for record in records.values() if record["point_id"] in points]
     if other := len(records) - len(shown):
         _say(console, f"{other} finished runs in {directory} are of models outside this sweep: not in table and plot")
     if shown:
-        parts = results.by_test_data(results.from_records(shown))
-        for index, part in enumerate(parts, 1):
+        frame = results.from_records(shown)
+        for part in results.by_test_data(frame):
             console.print(results_table(part, results.select(part)))
-            stem = "tradeoff" if len(parts) == 1 else f"tradeoff-{index}"
-            figures = [directory / f"{stem}.{kind}" for kind in ("png", "svg")]
-            if redraw or not all(path.exists() for path in figures):
-                try:
-                    figures = plot.save(part, directory, stem)
-                except OSError as error:
-                    _say(console, f"the plot cannot be written: {error}", style="red")
-                    figures = []
-            for path in figures:
-                _say(console, str(path))
+        figures = sorted(directory.glob("tradeoff*.png"))
+        if redraw or not figures:
+            try:
+                figures = plot.save_all(frame, directory)
+            except OSError as error:
+                _say(console, f"the plot cannot be written: {error}", style="red")
+        for path in figures:
+            _say(console, str(path))
     labels = {run.run_id: run.label for run in runs}
     if failed:
         _say(console, f"{len(failed)} runs failed:", style="red")
         for run_id, message in failed.items():
             _say(console, f"  {labels[run_id]}: {message} ({directory / run_id / 'error.txt'})", style="red")
-    if how in (Exit.INTERRUPTED, Exit.TERMINATED, Exit.TIME_LIMIT):
-        finished = sum(run.run_id in records for run in runs)
-        why = {Exit.TIME_LIMIT: "the time limit was reached"}.get(how, "interrupted")
-        _say(console, f"{why}: {finished} of {len(runs)} runs are finished and kept; go on with\n  {command_line()}")
+    if how is Exit.TIME_LIMIT:
+        return _how_to_go_on(console, runs, directory, records, "the time limit was reached", how)
     return Exit.FAILURES if how is Exit.DONE and failed else how
+
+
+def _how_to_go_on(console: Console, runs, directory: Path, records: dict[str, Any], why: str, how: Exit) -> int:
+    finished = sum(run.run_id in records for run in runs)
+    _say(console, f"{why}: {finished} of {len(runs)} runs are finished and kept; go on with\n  {command_line()}")
+    _say(console, f"see what there is with\n  {shlex.join(['python', '-m', 'zoology.plot', str(directory)])}")
+    return how
 
 
 def command_line() -> str:

@@ -75,8 +75,9 @@ def attempt(
     except (Exception, SystemExit) as error:
         return None, Failure("error", f"{type(error).__name__}: {error}", traceback.format_exc())
     finally:
-        gc.collect()
+        # The next run finds the memory of this one free. On a CPU the collector does that in its own time.
         if torch.cuda.is_initialized():
+            gc.collect()
             torch.cuda.empty_cache()
 
 
