@@ -78,8 +78,8 @@ def tradeoff(frame: pd.DataFrame):
     from matplotlib.figure import Figure
 
     table, names = results.select(frame), results.slice_names(frame)
-    looks = styles(_by_name(frame))
-    limits = _state_limits(frame, table)
+    looks = styles(by_name(frame))
+    limits = state_limits(frame, table)
     small = names if len(names) > 1 else []
     columns = min(4, max(1, len(small)))
     rows = -(-len(small) // columns)
@@ -88,7 +88,7 @@ def tradeoff(frame: pd.DataFrame):
         top, *bottom = figure.subfigures(2, 1, height_ratios=(4.1, 1.75 * rows)) if small else [figure]
         axis = top.subplots()
         _draw_panel(axis, table[table["slice"] == results.MEAN], looks, 5.0, limits)
-        has_bound = _draw_bound(axis, frame, names, limits)
+        has_bound = draw_bound(axis, frame, names, limits)
         longest = int(frame["state_seq_len"].max())
         axis.set_xlabel(f"recurrent state at length {longest:,} (bytes per sequence, all layers)")
         axis.set_ylabel(f"test accuracy, mean of {len(names)} slices" if small else "test accuracy")
@@ -108,7 +108,7 @@ def _draw_small_multiples(panels, frame, table, looks, limits, columns: int) -> 
             panel.set_axis_off()
             continue
         _draw_panel(panel, table[table["slice"] == names[index]], looks, 3.0, limits)
-        _draw_bound(panel, frame, [names[index]], limits)
+        draw_bound(panel, frame, [names[index]], limits)
         panel.set_title(slice_title(frame, names[index]))
         panel.tick_params(labelbottom=index + columns >= len(names))
 
@@ -128,7 +128,7 @@ RC = {
 }
 
 
-def _by_name(frame: pd.DataFrame) -> list[str]:
+def by_name(frame: pd.DataFrame) -> list[str]:
     """Architectures in alphabetical order, attention first: it is what the others are measured by."""
     return sorted(frame["architecture"].unique(), key=lambda name: (name != "attention", name))
 
@@ -156,7 +156,7 @@ def _draw_panel(axis, table: pd.DataFrame, looks: dict[str, Style], size: float,
     axis.set_axisbelow(True)
 
 
-def _draw_bound(axis, frame: pd.DataFrame, names: Sequence[str], limits: tuple[float, float]) -> bool:
+def draw_bound(axis, frame: pd.DataFrame, names: Sequence[str], limits: tuple[float, float]) -> bool:
     """Shade what no model can reach, averaged over the slices; False where a slice has no such bound."""
     parts = frame.drop_duplicates("slice").set_index("slice")
     state = np.geomspace(*limits, 400)
@@ -168,7 +168,7 @@ def _draw_bound(axis, frame: pd.DataFrame, names: Sequence[str], limits: tuple[f
     return True
 
 
-def _state_limits(frame: pd.DataFrame, table: pd.DataFrame) -> tuple[float, float]:
+def state_limits(frame: pd.DataFrame, table: pd.DataFrame) -> tuple[float, float]:
     """Wide enough for the points, and for the place where the hardest slice's bound leaves 1."""
     low = min(table["state_bytes"].min(), frame["required_bits"].max() / 8)
     high = table["state_bytes"].max()
