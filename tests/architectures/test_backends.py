@@ -10,6 +10,7 @@ import torch
 import architectures
 from architectures import backends, fla, mamba_ssm, parity
 from architectures.layers import ShortConvolution
+from architectures.mixer import state_tensors
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -284,11 +285,21 @@ def gpu_mixer(name, backend, dtype, seq_len, d_model=64):
     return mixer
 
 
-def reference_of(mixer):
-    """The same mixer in float64 on the reference."""
-    twin = copy.deepcopy(mixer).double()
+def reference_of(mixer, dtype=torch.float64):
+    """The same mixer on the reference, in float64 or in the dtype it has."""
+    twin = copy.deepcopy(mixer).to(dtype)
     twin.force_backend("reference")
     return twin
+
+
+def assert_near(found, own, exact, dtype):
+    """Off from `exact` by no more than a small factor times what the reference in this dtype, `own`, is."""
+
+    def error(x):
+        return float((x.double() - exact).norm() / exact.norm())
+
+    assert torch.isfinite(found).all()
+    assert error(found) <= parity.FACTOR * max(error(own), torch.finfo(dtype).eps)
 
 
 @pytest.mark.gpu
@@ -305,12 +316,16 @@ def test_gpu_parity(name, backend, dtype, seq_len):
     assert result.passed, str(result)
 
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-
-
-def assert_near(actual, expected, dtype):
-    assert torch.isfinite(actual).all()
-    assert float((actual.double() - expected).norm() / expected.norm()) <= TOLERANCE[dtype]
+def decode(mixer, x, parts, steps):
+    """Outputs for x [B, T, D] from prefills of these lengths and single steps, and the last state."""
+    state, outputs = mixer.init_state(x.shape[0], x.shape[1]), []
+    for part in x[:, : sum(parts)].split(parts, dim=1):
+        y, state = mixer.prefill(part, state)
+        outputs.append(y)
+    for token in x[:, sum(parts) : sum(parts) + steps].unbind(1):
+        y, state = mixer.step(token, state)
+        outputs.append(y.unsqueeze(1))
+    return torch.cat(outputs, 1), state
 
 
 @pytest.mark.gpu
@@ -320,48 +335,40 @@ def assert_near(actual, expected, dtype):
 def test_gpu_prefill_and_step_agree_with_the_reference(name, backend, dtype):
     """In the dtype of the parameters, from an empty and from a filled state, outputs and states."""
     mixer = gpu_mixer(name, backend, dtype, 70)
-    exact = reference_of(mixer)
     x = torch.randn(2, 75, 64, device="cuda", dtype=dtype)
-    expected = exact(x.double())
-    assert_near(mixer(x), expected, dtype)
-    state, outputs = mixer.init_state(2, 75), []
-    for part in (x[:, :3], x[:, 3:70]):
-        y, state = mixer.prefill(part, state)
-        outputs.append(y)
-    for token in x[:, 70:].unbind(1):
-        y, state = mixer.step(token, state)
-        outputs.append(y.unsqueeze(1))
-    assert_near(torch.cat(outputs, 1), expected, dtype)
-    _, exact_state = exact.prefill(x.double(), exact.init_state(2, 75))
-    for field in (index for index, tensor in enumerate(exact_state) if tensor.is_floating_point() and tensor.numel()):
-        assert_near(state[field], exact_state[field], dtype)
+    found, exact = decode(mixer, x, [3, 67], 5), decode(reference_of(mixer), x.double(), [3, 67], 5)
+    own = decode(reference_of(mixer, dtype), x, [3, 67], 5)
+    assert_near(found[0], own[0], exact[0], dtype)
+    for one, other, right in zip(*(state_tensors(state) for _, state in (found, own, exact))):
+        (one, other, right) = (tensor for _, tensor in (one, other, right))
+        expected = right if right.is_floating_point() and right.numel() else torch.ones(1, device="cuda")
+        one, other = (part if expected is right else expected for part in (one, other))
+        assert_near(one, other, expected, dtype)
 
 
 @pytest.mark.gpu
-@gpu_pairs
+@pytest.mark.parametrize(
+    ("name", "backend"), [pair for pair in PAIRS if pair[1] not in ("sdpa", "flash-attn")]
+)  # a KV cache is written in place, which autograd does not follow
 def test_gpu_gradients_pass_through_states(name, backend):
     """Backpropagation through two prefills and a step, as truncated training would do it."""
     dtype = torch.bfloat16
     mixer = gpu_mixer(name, backend, dtype, 40)
-    exact = reference_of(mixer)
     x = torch.randn(2, 41, 64, device="cuda", dtype=dtype)
-    direction = torch.randn(2, 41, 64, device="cuda")
+    direction = torch.randn(2, 41, 64, device="cuda", dtype=torch.float64)
+    steps = 0 if backend == "triton" else 1  # its step has no gradient, and says so
 
-    def gradients(module, x):
-        x = x.clone().requires_grad_()
-        # A KV cache is written in place: autograd through it is not part of the contract.
-        state, outputs = module.init_state(2, 41), []
-        for part in (x[:, :8], x[:, 8:40]):
-            y, state = module.prefill(part, state)
-            outputs.append(y)
-        y, state = module.step(x[:, 40], state)
-        (torch.cat([*outputs, y.unsqueeze(1)], 1).to(torch.float64) * direction).sum().backward()
-        return [x.grad, *(parameter.grad for parameter in module.parameters())]
+    def gradients(module):
+        inputs = x.to(next(module.parameters()).dtype, copy=True).requires_grad_()
+        y, _ = decode(module, inputs, [8, 32], steps)
+        (y.double() * direction[:, : y.shape[1]]).sum().backward()
+        return [inputs.grad, *(parameter.grad for parameter in module.parameters())]
 
-    if backend in ("sdpa", "flash-attn"):
-        pytest.skip("the KV cache has no gradient")
-    for found, expected in zip(gradients(mixer, x), gradients(exact, x.double())):
-        assert_near(found, expected, dtype)
+    found, own, exact = (gradients(m) for m in (mixer, reference_of(mixer, dtype), reference_of(mixer)))
+    typical = max(float(gradient.abs().max()) for gradient in exact)
+    for one, other, right in zip(found, own, exact):
+        # Gradients that vanish but for rounding are not compared relative to themselves.
+        assert_near(one + 1e-2 * typical, other + 1e-2 * typical, right + 1e-2 * typical, dtype)
 
 
 @pytest.mark.gpu
@@ -371,10 +378,10 @@ def test_gpu_flash_window_counts_the_current_token(window):
     mixer = architectures.create("sliding_window", d_model=64, window=window).to("cuda", torch.bfloat16)
     if reason := backends.refusal(mixer, "flash-attn", CUDA, torch.bfloat16, 130):
         pytest.skip(reason)
-    exact = reference_of(mixer)
+    exact, own = reference_of(mixer), reference_of(mixer, torch.bfloat16)
     mixer.force_backend("flash-attn")
     x = torch.randn(2, 130, 64, device="cuda", dtype=torch.bfloat16)
-    assert_near(mixer(x), exact(x.double()), torch.bfloat16)
+    assert_near(mixer(x), own(x), exact(x.double()), torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -406,6 +413,7 @@ def test_gpu_backends_run_in_a_captured_graph(name, backend):
     graph.replay()
     torch.cuda.synchronize()
     captured, gradient = y.detach().clone(), static.grad.clone()
-    expected = step()
-    assert_near(captured, expected.detach().double(), torch.bfloat16)
-    assert_near(gradient, static.grad.double(), torch.bfloat16)
+    expected = step().detach()
+    # The same kernels on the same numbers: atomic additions alone may differ.
+    torch.testing.assert_close(captured, expected, rtol=2e-2, atol=1e-3 * float(expected.abs().max()))
+    torch.testing.assert_close(gradient, static.grad, rtol=2e-2, atol=1e-3 * float(static.grad.abs().max()))
