@@ -216,11 +216,14 @@ def save_all(frame: pd.DataFrame, directory: Path | str) -> list[Path]:
 
 def save_figure(figure, directory: Path | str, stem: str) -> list[Path]:
     """Write a figure as .png and .svg, each at once or not at all."""
+    from matplotlib import rc_context
+
     paths = [Path(directory, f"{stem}.{kind}") for kind in ("png", "svg")]
-    for path, metadata in zip(paths, ({}, {"Date": None})):
-        temporary = path.with_suffix(f".tmp{path.suffix}")
-        figure.savefig(temporary, dpi=200, metadata=metadata)
-        temporary.replace(path)
+    with rc_context(RC):
+        for path, metadata in zip(paths, ({}, {"Date": None})):
+            temporary = path.with_suffix(f".tmp{path.suffix}")
+            figure.savefig(temporary, dpi=200, metadata=metadata)
+            temporary.replace(path)
     return paths
 
 
