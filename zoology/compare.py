@@ -32,11 +32,12 @@ class Comparison(NamedTuple):
 
     `points`: one row per published point that has been run (see `compare`). `missing`: the published points that have
     not. `unpublished`: models run that the figure does not have. `departures`: in what runs differ from the
-    protocol. `left_out`: runs tested on other examples than most.
+    protocol. `left_out`: runs tested on other examples than most. `frame`: the results table of all the others.
     """
 
     protocol: Protocol
     points: pd.DataFrame
+    frame: pd.DataFrame
     missing: list[Point]
     unpublished: list[str]
     departures: list[str]
@@ -107,7 +108,7 @@ def _compare(protocol: Protocol, records: list[dict[str, Any]]) -> Comparison:
         text + ("" if count == len(records) else f" ({count} of {len(records)} runs)") for text, count in counts.items()
     ]
     left_out = frame["run_id"].nunique() - len(run_ids)
-    return Comparison(protocol, pd.DataFrame(rows), missing, sorted(unused), said, left_out)
+    return Comparison(protocol, pd.DataFrame(rows), kept, missing, sorted(unused), said, left_out)
 
 
 def _row(point: Point, ours: pd.Series, extra: dict[str, Any]) -> dict[str, Any]:
