@@ -102,7 +102,7 @@ class RetNet(SequenceMixer):
             q, k = rotary(q, positions), rotary(k, positions)
         q = q * self.head_k_dim**-0.5
         if backend == "fla":
-            o, kv = fla.linear_recurrence(q, k, v, self.log_gamma, state.kv)
+            o, kv = fla.linear_recurrence(q, k, v, self.log_decay(q.device, torch.float32), state.kv)
         else:
             o, kv = self._mix(q, k, v, state.kv)
         o = merge_heads(F.rms_norm(o, o.shape[-1:], eps=self.norm_eps)) * F.silu(self.g_proj(x))
