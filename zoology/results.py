@@ -209,3 +209,10 @@ def slice_table(frame: pd.DataFrame) -> pd.DataFrame:
     points = table.loc[table["slice"] == MEAN, POINT_COLUMNS]
     wide = table.pivot(index="point_id", columns="slice", values="accuracy")[[MEAN, *slice_names(frame)]]
     return points.join(wide, on="point_id").drop(columns="point_id").reset_index(drop=True)
+
+
+def floors(frame: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy of predictors that cannot recall (`zoology.tasks.baselines`), one row per slice."""
+    columns = [name for name in frame.columns if name.startswith("baseline_")]
+    table = frame.drop_duplicates("slice").set_index("slice").loc[slice_names(frame), columns]
+    return table.rename(columns=lambda name: name.removeprefix("baseline_"))

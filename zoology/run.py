@@ -252,8 +252,11 @@ def report(
     if shown:
         frame = results.from_records(shown)
         for part in results.by_test_data(frame):
-            console.print(results_table(part, results.select(part)))
-        figures = sorted(directory.glob("tradeoff*.png"))
+            selected = results.select(part)
+            console.print(results_table(part, selected))
+            if selected["lr_at_edge"].any():
+                _say(console, "* the best learning rate lies at the edge of its grid: a better one may lie beyond")
+        figures = sorted(directory.glob("tradeoff*.[ps][nv]g"))
         if redraw or not figures:
             try:
                 figures = plot.save_all(frame, directory)
@@ -318,9 +321,7 @@ def results_table(frame, selected) -> Table:
     from zoology import plot, results
 
     names = results.slice_names(frame)
-    table = Table(
-        box=None, pad_edge=False, caption="* best learning rate is at the edge of its grid", caption_justify="left"
-    )
+    table = Table(box=None, pad_edge=False)
     table.add_column("architecture")
     table.add_column("model", overflow="fold")
     titles = [] if len(names) == 1 else [plot.slice_title(frame, name).replace(", length ", "@") for name in names]

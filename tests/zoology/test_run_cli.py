@@ -1,0 +1,290 @@
+"""The command line of a sweep: what it prints, what it refuses, and its exit codes."""
+
+import io
+import json
+import re
+import sys
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from zoology import __main__, run
+from zoology.config import SCHEMA_VERSION
+from zoology.runner import plan, progress
+from zoology.runner.driver import Exit, run_sweep
+from zoology.runner.worker import Failure
+
+EXPERIMENT = """
+from zoology.config import DataConfig, ModelConfig, RunConfig, Slice, TrainConfig, layer
+from zoology.tasks import MQAR
+
+
+def sweep(scale):
+    if scale == "paper":
+        raise RuntimeError("too large")
+    task = MQAR(vocab_size=32, seq_len=16, num_kv_pairs=2)
+    data = DataConfig(train=[Slice(task=task, num_examples=32)], test=[Slice(task=task, num_examples=20)])
+    return [
+        RunConfig(
+            architecture=name,
+            model=ModelConfig(vocab_size=32, d_model=16, layers=[layer("base_conv"), layer(name)]),
+            data=data,
+            train=TrainConfig(lr=lr, epochs=1),
+        )
+        for name in ("attention", "based")
+        for lr in (1e-3, 1e-2)
+    ]
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    path = tmp_path / "experiment.py"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+@pytest.fixture
+def engines(monkeypatch, in_process_engine):
+    """Runs execute in this process; the engines that were made, and failures to script, by run id."""
+    made, script = [], {}
+
+    def make(options, setups, timeout):
+        made.append(in_process_engine(setups[0].directory, script))
+        made[-1].setups, made[-1].timeout = setups, timeout
+        return made[-1]
+
+    monkeypatch.setattr(run, "make_engine", make)
+    make.made, make.script = made, script
+    return make
+
+
+@pytest.fixture
+def command(experiment, tmp_path, engines):
+    """Call the command on the experiment; the result's `output` has stdout and stderr, lines joined."""
+
+    def call(*arguments, path=experiment, out=tmp_path / "out"):
+        return CliRunner().invoke(run.app, [str(path), "--out", str(out), "--device", "cpu", *map(str, arguments)])
+
+    return call
+
+
+def test_a_sweep_from_nothing_to_the_plot_and_again(command, tmp_path, engines):
+    first = command("--jobs", 3)
+    assert first.exit_code == 0, first.output
+    assert "scale laptop: the default because there is no GPU; take another with --scale smoke" in first.output
+    assert "4 runs of 2 models of 2 architectures: 4 to do; 3 on cpu at once" in first.output
+    assert "[4/4]" in first.output
+    assert re.search(r"attention +d_model=16 +2,176 +0\.\d+\* +[01]\.\d\d\d", first.output)
+    assert "* the best learning rate lies at the edge of its grid: a better one may lie beyond" in first.output
+    assert {"tradeoff.png", "tradeoff.svg", "baselines"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert engines.made[0].setups[0].threads == 1
+
+    drawn = (tmp_path / "out" / "tradeoff.png").stat().st_mtime_ns
+    second = command()
+    assert second.exit_code == 0
+    assert "4 runs of 2 models of 2 architectures: 0 to do" in second.output
+    assert len(engines.made) == 1
+    assert (tmp_path / "out" / "tradeoff.png").stat().st_mtime_ns == drawn
+    assert second.output.splitlines()[-6:] == first.output.splitlines()[-6:]  # the same table
+
+
+def test_failures_are_listed_at_the_end_and_tried_again_when_asked(command, tmp_path, engines, experiment):
+    bad = plan.load_sweep(experiment, "smoke")[1].run_id
+    engines.script[bad] = [Failure("error", "ValueError: too bad", "Traceback")]
+    first = command("--scale", "smoke")
+    assert first.exit_code == Exit.FAILURES
+    ending = first.output[first.output.index("1 runs failed:") :]
+    assert "attention d_model=16 lr=0.01 seed=0: ValueError: too bad" in ending
+    assert f"{bad}/error.txt" in ending
+
+    engines.script.clear()
+    again = command("--scale", "smoke")
+    assert again.exit_code == Exit.FAILURES
+    assert "0 to do, 1 failed before (--rerun failed tries them again)" in again.output
+    assert "1 runs failed:" in again.output
+
+    repaired = command("--scale", "smoke", "--rerun", "failed")
+    assert repaired.exit_code == 0
+    assert "1 to do" in repaired.output
+    assert engines.made[-1].started == [bad]
+
+
+def test_only_seeds_and_rerun_all(command, engines):
+    assert command("--only", "based", "--seeds", 2).exit_code == 0
+    assert len(engines.made[-1].started) == 4
+    assert command("--only", "based").exit_code == 0  # seed 0 is there already
+    assert len(engines.made) == 1
+    assert command("--only", "based", "--rerun", "all").exit_code == 0
+    assert len(engines.made[-1].started) == 2
+    # Seed 1, which this command did not ask for, still counts for the models of the sweep.
+    assert "±" in command("--only", "based").output
+
+
+def test_a_truncated_result_is_reported_and_done_again(command, tmp_path, engines):
+    command()
+    path = sorted((tmp_path / "out").glob("*/result.json"))[0]
+    path.write_text(path.read_text()[:200])
+    said = command()
+    assert said.exit_code == 0
+    assert f"result of run {path.parent.name} is not valid JSON, probably truncated" in said.output
+    assert engines.made[-1].started == [path.parent.name]
+    assert json.loads(path.read_text())["run_id"] == path.parent.name
+
+
+def test_runs_of_other_models_are_kept_out_of_table_and_plot(command, experiment):
+    command()
+    experiment.write_text(EXPERIMENT.replace("d_model=16", "d_model=8"))
+    said = command()
+    assert "4 finished runs in" in said.output
+    assert "outside this sweep" in said.output
+    assert "d_model=16" not in said.output[said.output.index("architecture  ") :]
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(command, tmp_path):
+    said = command("--dry-run", "--seeds", 3)
+    assert said.exit_code == 0
+    assert not (tmp_path / "out").exists()
+    assert "12 runs" in said.output
+    assert re.search(r"attention +d_model=16 +0\.001 0\.01 +0 1 2 +1 +[\d,]+ +2,176 +\d\d\.\d%", said.output)
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", said.output)]
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+
+
+def test_a_time_limit_has_its_own_exit_code_and_says_how_to_go_on(command, monkeypatch, tmp_path, experiment):
+    monkeypatch.setattr(sys, "argv", ["run.py", str(experiment), "--rerun", "all", "--time-limit", "1e-6"])
+    said = command("--time-limit", "1e-6")
+    assert said.exit_code == 75
+    assert "the time limit was reached: 0 of 4 runs are finished and kept; go on with" in said.output
+    assert f"python -m zoology.run {experiment} --time-limit 1e-6" in said.output.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "mamba"], "--only mamba: not in this sweep, which has attention, based"),
+        (["--scale", "paper"], "failed at line 8: RuntimeError: too large"),
+        (["--jobs", "0"], "--jobs 0: must be at least 1"),
+        (["--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--retries", "-1"], "--retries -1: must be 0 or more"),
+        (["--time-limit", "soon"], "--time-limit 'soon': must be a positive time"),
+        (["--timeout", "-1"], "--timeout '-1': must be a positive time"),
+        (["--device", "cuda:99"], "--device cuda:99: this machine has auto, cpu"),
+        (["--architectures", "absent.py"], "absent.py' does not exist"),
+        (["--scale", "huge"], "'huge' is not one of"),
+        (["--rerun", "some"], "'some' is not one of"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(command, tmp_path, arguments, message):
+    said = command(*arguments)
+    assert said.exit_code == Exit.USAGE
+    assert message in " ".join(said.output.replace("│", " ").split())
+    assert not list(tmp_path.glob("out/*/config.json"))
+
+
+def test_a_missing_experiment_is_refused(command, tmp_path):
+    said = command(path=tmp_path / "absent.py")
+    assert said.exit_code == Exit.USAGE
+    assert "absent.py does not exist" in said.output
+
+
+def test_an_unwritable_directory_is_refused(command, tmp_path, engines):
+    (tmp_path / "file").write_text("")
+    said = command(out=tmp_path / "file" / "out")
+    assert said.exit_code == Exit.USAGE
+    assert "cannot be written" in said.output
+    assert not engines.made
+
+
+def test_results_of_another_schema_version_are_refused(command, tmp_path, engines):
+    command()
+    path = next((tmp_path / "out").glob("*/result.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": SCHEMA_VERSION + 1}))
+    said = command()
+    assert said.exit_code == Exit.USAGE
+    assert "take another results directory" in said.output
+    assert len(engines.made) == 1
+
+
+def test_jobs_are_per_gpu_and_threads_are_shared(tmp_path, experiment, monkeypatch):
+    options = {"jobs": 2, "architecture_files": None, "experiment": experiment}
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: set(range(16)))
+    setups = run.worker_setups(options, ["cuda:0", "cuda:1"], tmp_path)
+    assert [setup.device for setup in setups] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert {setup.threads for setup in setups} == {4}
+    assert len(run.worker_setups(options | {"jobs": None}, ["cuda:0", "cuda:1"], tmp_path)) == 2
+    on_cpu = run.worker_setups(options | {"jobs": None}, ["cpu"], tmp_path)
+    assert (len(on_cpu), {setup.threads for setup in on_cpu}) == (16, {1})
+
+
+def test_the_commit_is_that_of_the_source_tree(tmp_path, monkeypatch):
+    found = run.git_commit()
+    assert re.fullmatch(r"[0-9a-f]{40}", found["commit"])
+    assert isinstance(found["dirty"], bool)
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    assert run.git_commit() is None
+
+
+# -- what is shown while it runs ---------------------------------------------------------------------------------
+
+
+def test_the_live_view_has_a_line_for_each_worker(tmp_path, make_run, in_process_engine):
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    view = progress.make_view(console)
+    assert isinstance(view, progress.LiveView)
+    frames = []
+    tick = view.tick
+
+    def draw_now():
+        view._drawn = 0.0
+        tick()
+        with console.capture() as capture:
+            console.print(view._render())
+        frames.append(capture.get())
+
+    view.tick = draw_now
+    runs = plan.make_plan([make_run(epochs=2), make_run(lr=1e-3)], "cpu")
+    failing = {runs[1].run_id: [Failure("error", "ValueError: no")]}
+    run_sweep(runs, in_process_engine(tmp_path, failing), tmp_path, view, total=2)
+    assert "0/2 runs" in frames[0]
+    assert re.search(r"0 +attention d_model=16 lr=0.01 seed=0 +0/2", frames[0])
+    assert any(re.search(r"lr=0.01 seed=0 +1/2 +0\.\d\d\d", frame) for frame in frames)
+    assert "1/2 runs" in frames[-2]
+    assert "2/2 runs, 1 failed" in frames[-1]
+    text = console.file.getvalue()
+    assert "[1/2] attention d_model=16 lr=0.01 seed=0: validation 0." in text
+    assert "[2/2] attention d_model=16 lr=0.001 seed=0: FAILED: ValueError: no" in text
+
+
+def test_without_a_terminal_lines_are_plain():
+    assert type(progress.make_view(Console(file=io.StringIO()))) is progress.PlainView
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "unknown"), (0.4, "0 s"), (59, "59 s"), (61, "1 min 01 s"), (3661, "1 h 01 min"), (90_000, "25 h 00 min")],
+)
+def test_durations_for_people(seconds, text):
+    assert progress.duration(seconds) == text
+
+
+# -- python -m zoology -------------------------------------------------------------------------------------------
+
+
+def test_commands_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["zoology"])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 0
+    assert "run a sweep" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["zoology", "rum"])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 2
+    assert "no command 'rum'" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["zoology", "plot", "/absent"])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 2
+    assert "/absent" in capsys.readouterr().err
