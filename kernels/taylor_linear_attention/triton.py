@@ -46,7 +46,8 @@ def choose_tile(f: int, v_dim: int, dtype: torch.dtype, *, backward: bool = Fals
     block_v = min(widest, max(16, triton.next_power_of_2(v_dim)))
     op, prec = (tl.bfloat16, "tf32") if narrow else (tl.float32, "tf32" if dtype == torch.float16 else "tf32x3")
     tile = Tile(f, 16 if f <= 16 else 32, v_dim, block_v, 64 if narrow else 32, block, num_blocks, op, prec)
-    stages = {"state": 3, "apply": 2, "dx": 2} if narrow and block == 64 else {"state": 1, "apply": 1, "dx": 1}
+    pipelined = narrow and block == 64
+    stages = {"state": 3, "apply": 3, "dx": 2} if pipelined else {"state": 1, "apply": 1, "dx": 1}
     return tile, {"num_warps": 4 if block == 64 else 8, "num_stages": stages}
 
 
@@ -416,8 +417,8 @@ def step_op(q, k, v, kv, key_sum, scale):
         NF=num_taylor_features(f),
         V=v_dim,
         VP=triton.next_power_of_2(v_dim),
-        BR=max(1, 2048 // triton.next_power_of_2(v_dim)),
-        num_warps=4,
+        BR=max(1, 4096 // triton.next_power_of_2(v_dim)),
+        num_warps=1 if kv.dtype.itemsize == 2 else 2,
     )
     return o, new_kv, new_key_sum
 

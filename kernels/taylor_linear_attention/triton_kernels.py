@@ -501,8 +501,7 @@ def _apply_kernel(
 
         if NORMALISE:
             b_o *= (1.0 / b_n)[:, None]
-            if i_v == 0:
-                _store(norm_ptr + o_t * H, b_n, m_t, EVEN)
+            _store(norm_ptr + o_t * H, b_n, m_t, EVEN)  # the same from every tile of V
         if HAS_MASK:
             b_counts = tl.load(mask_ptr + base + o_t, mask=m_t, other=0) != 0
             b_o = tl.where(b_counts[:, None], b_o, 0.0)
@@ -553,14 +552,24 @@ def _pull_back(
     """Add to b_dx [C, FP] the gradient of x behind the features of block i_b, dphi(x) = S y + z c, c [C, 16]."""
     b_w = _weights(i_b, scale, F, NQ, BF)
     b_g = tl.dot(b_y, tl.trans((b_s * b_w[:, None]).to(OP)), input_precision=PREC)
-    b_g = tl.dot(b_c, tl.trans(_operand(b_z, b_w, OP)), acc=b_g, input_precision=PREC)
-    # One factor after the other: both at once would not fit in the registers.
-    x2 = _factors(b_x, i_b, 2, F, FP, NQ, BF, OP, PREC)
-    e1, _ = _select(i_b, 1, F, FP, NQ, BF, OP)
-    b_dx = tl.dot((b_g * x2).to(OP), e1, acc=b_dx, input_precision=PREC)
-    e2, _ = _select(i_b, 2, F, FP, NQ, BF, OP)
-    x1 = tl.dot(b_x, tl.trans(e1), input_precision=PREC)  # where it is 1, e2 picks nothing
-    return tl.dot((b_g * x1).to(OP), e2, acc=b_dx, input_precision=PREC)
+    if BF <= 128:
+        # One factor after the other: both at once would not fit in the registers.
+        x2 = _factors(b_x, i_b, 2, F, FP, NQ, BF, OP, PREC)
+        b_g = tl.dot(b_c, tl.trans(_operand(b_z, b_w, OP)), acc=b_g, input_precision=PREC)
+        e1, _ = _select(i_b, 1, F, FP, NQ, BF, OP)
+        b_dx = tl.dot((b_g * x2).to(OP), e1, acc=b_dx, input_precision=PREC)
+        e2, _ = _select(i_b, 2, F, FP, NQ, BF, OP)
+        x1 = tl.dot(b_x, tl.trans(e1), input_precision=PREC)  # where it is 1, e2 picks nothing
+        b_dx = tl.dot((b_g * x1).to(OP), e2, acc=b_dx, input_precision=PREC)
+    else:
+        # Separate one-hots would not fit in shared memory.
+        b_g = tl.dot(b_c, tl.trans(_operand(b_z, b_w, OP)), acc=b_g, input_precision=PREC)
+        x12 = _factors(b_x, i_b, 3, F, FP, NQ, BF, OP, PREC)
+        x1, x2 = tl.split(tl.permute(tl.reshape(x12, (b_x.shape[0], 2, BF)), (0, 2, 1)))
+        e, _ = _select(i_b, 3, F, FP, NQ, BF, OP)
+        b_g = tl.reshape(tl.permute(tl.join(b_g * x2, b_g * x1), (0, 2, 1)), (b_x.shape[0], 2 * BF))
+        b_dx = tl.dot(b_g.to(OP), e, acc=b_dx, input_precision=PREC)
+    return b_dx
 
 
 @triton.jit
@@ -682,6 +691,15 @@ def _dx_kernel(
 
 # ---------------------------------------------------------------- decode step
 @triton.jit
+def _load_rows(kv_ptr, z_ptr, i_bh, i_r: tl.constexpr, o_v, NF: tl.constexpr, V: tl.constexpr, BR: tl.constexpr):
+    """Rows i_r BR .. of one head's state, [BR, VP] and [BR], in their own dtype."""
+    r = i_r * BR + tl.arange(0, BR)
+    m_s = (r < NF)[:, None] & (o_v < V)[None, :]
+    b_s = tl.load(kv_ptr + (i_bh * NF + r[:, None]) * V + o_v[None, :], mask=m_s, other=0.0)
+    return b_s, tl.load(z_ptr + i_bh * NF + r, mask=r < NF, other=0.0)
+
+
+@triton.jit
 def _step_kernel(
     q_ptr,
     k_ptr,
@@ -702,11 +720,17 @@ def _step_kernel(
     i_bh = tl.program_id(0).to(tl.int64)
     o_v = tl.arange(0, VP)
     m_v = o_v < V
+    NUM: tl.constexpr = (NF + BR - 1) // BR
+    b_s_next, b_z_next = _load_rows(kv_ptr, z_ptr, i_bh, 0, o_v, NF, V, BR)
     b_v = tl.load(v_ptr + i_bh * V + o_v, mask=m_v, other=0.0).to(tl.float32)
     b_o = tl.zeros([VP], tl.float32)
     b_n = tl.zeros([BR], tl.float32)
     root = tl.sqrt(scale)
-    for i_r in tl.static_range(0, (NF + BR - 1) // BR):
+    for i_r in tl.static_range(0, NUM):
+        b_s, b_z = b_s_next, b_z_next
+        if i_r + 1 < NUM:
+            # Asked for before the rows in hand are written, behind which the compiler could not move it.
+            b_s_next, b_z_next = _load_rows(kv_ptr, z_ptr, i_bh, i_r + 1, o_v, NF, V, BR)
         r = i_r * BR + tl.arange(0, BR)
         p = r - 1 - F
         first = tl.where(p >= 0, p % F, r - 1)
@@ -717,14 +741,13 @@ def _step_kernel(
         b_pq *= tl.load(q_ptr + i_bh * F + second, mask=m_2, other=1.0).to(tl.float32) * factor
         b_pk = tl.load(k_ptr + i_bh * F + first, mask=m_1, other=1.0).to(tl.float32)
         b_pk *= tl.load(k_ptr + i_bh * F + second, mask=m_2, other=1.0).to(tl.float32) * factor
-        o_s = (i_bh * NF + r[:, None]) * V + o_v[None, :]
-        m_s = (r < NF)[:, None] & m_v[None, :]
-        b_s = tl.load(kv_ptr + o_s, mask=m_s, other=0.0).to(tl.float32) + b_pk[:, None] * b_v[None, :]
-        b_z = tl.load(z_ptr + i_bh * NF + r, mask=r < NF, other=0.0).to(tl.float32) + b_pk
         b_pq = tl.where(r < NF, b_pq, 0.0)
+        b_s = b_s.to(tl.float32) + b_pk[:, None] * b_v[None, :]
+        b_z = b_z.to(tl.float32) + b_pk
         b_o += tl.sum(b_pq[:, None] * b_s, 0)
         b_n += b_pq * b_z
-        tl.store(new_kv_ptr + o_s, b_s.to(new_kv_ptr.dtype.element_ty), mask=m_s)
+        o_s = (i_bh * NF + r[:, None]) * V + o_v[None, :]
+        tl.store(new_kv_ptr + o_s, b_s.to(new_kv_ptr.dtype.element_ty), mask=(r < NF)[:, None] & m_v[None, :])
         tl.store(new_z_ptr + i_bh * NF + r, b_z.to(new_z_ptr.dtype.element_ty), mask=r < NF)
     b_o = b_o / tl.sum(b_n, 0)
     tl.store(o_ptr + i_bh * V + o_v, b_o.to(o_ptr.dtype.element_ty), mask=m_v)
