@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from architectures import backends
 from architectures.layers import merge_heads, split_heads
 from architectures.mixer import SequenceMixer, divide_heads
 from architectures.registry import register
@@ -63,5 +64,9 @@ class Based(SequenceMixer):
 
     def step(self, x: Tensor, state: TaylorState) -> tuple[Tensor, TaylorState]:
         self.check_state(x, state)
-        o, state = kernels.taylor_linear_attention_step(*self._project(x), state, backend=self.backend)
+        q, k, v = self._project(x)
+        backend = self.backend_for(x)
+        if backend == "triton" and backends.wants_grad(q, k, v, *state):
+            backend = self.ran_beside("reference")  # the Triton step has no gradient
+        o, state = kernels.taylor_linear_attention_step(q, k, v, state, backend=backend)
         return self.out_proj(merge_heads(o)), state

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from architectures import backends
 from architectures.feature_maps import Taylor, create_feature_map
 from architectures.layers import merge_heads, split_heads
 from architectures.mixer import SequenceMixer, divide_heads
@@ -106,9 +107,9 @@ class LinearAttention(SequenceMixer):
         q, k, v = self._project(x)
         if isinstance(self.feature_map_k, Taylor):
             taylor_state = TaylorState(state.kv, state.key_sum)
-            # The Triton step has no gradient: "auto" is left to the operation, which knows whether one is wanted.
-            named = backend if self.backend != "auto" else "auto"
-            o, taylor_state = taylor_linear_attention_step(q, k, v, taylor_state, backend=named)
+            if backend == "triton" and backends.wants_grad(q, k, v, *taylor_state):
+                backend = self.ran_beside("reference")  # the Triton step has no gradient
+            o, taylor_state = taylor_linear_attention_step(q, k, v, taylor_state, backend=backend)
             return self.out_proj(merge_heads(o)), LinearAttentionState(*taylor_state, state.position + 1)
         q, k, v = self._features(q[:, None], k[:, None], v[:, None], state.position[None])
         o, joint = linear_recurrence_step(q[:, 0], k[:, 0], v[:, 0], None, _join(state))

@@ -138,6 +138,8 @@ class _Case:
 
         self.mixer = copy.deepcopy(mixer).train().to(device)
         self.device, self.dtype, self.decode = device, dtype, seq_len == 1
+        # Where errors are measured; Apple's GPUs have no float64.
+        self.home = torch.device("cpu") if device.type == "mps" else device
         # 16-bit inputs to float32 parameters are autocast: that is how such a mixer is trained.
         self.kept = next((p.dtype for p in self.mixer.parameters() if p.is_floating_point()), dtype)
         self.autocast = dtype in (torch.bfloat16, torch.float16) and self.kept == torch.float32
@@ -150,7 +152,7 @@ class _Case:
         shape = (BATCH, length, mixer.d_model)
         # Rounded once, so that every precision starts from the same numbers.
         self.x = draw(shape).to(self.kept if self.autocast else dtype).to(device)
-        self.direction = draw(shape).to(device)
+        self.direction = draw(shape).to(self.home)
 
     def run(self, backend: str, dtype: torch.dtype, *, unroll: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """Output and gradients in float64, computed by `backend` in `dtype`; outputs alone if token by token."""
@@ -158,19 +160,21 @@ class _Case:
         twin.force_backend(backend)
         autocast = self.autocast and dtype == self.dtype
         keep = self.kept if autocast else dtype
-        twin.to(keep)
-        x = self.x.detach().to(keep).requires_grad_(not self.decode)
-        with torch.autocast(self.device.type, dtype if autocast else torch.bfloat16, enabled=autocast):
+        device = self.home if dtype == torch.float64 else self.device
+        twin.to(device).to(keep)
+        x = self.x.detach().to(device).to(keep).requires_grad_(not self.decode)
+        with torch.autocast(device.type, dtype if autocast else torch.bfloat16, enabled=autocast):
             if self.decode or unroll:
-                return self._decode(twin, x, x.shape[1] if unroll else DECODED).double(), {}
+                return self._at_home(self._decode(twin, x, x.shape[1] if unroll else DECODED)), {}
             y = twin(x)
-        (y.double() * self.direction).sum().backward()
-        gradients = {"x": x.grad.double()}
-        for name, parameter in twin.named_parameters():
-            gradients[name] = (
-                torch.zeros_like(parameter.double()) if parameter.grad is None else parameter.grad.double()
-            )
-        return y.detach().double(), gradients
+        y = self._at_home(y)
+        (y * self.direction).sum().backward()
+        named = {"x": x, **dict(twin.named_parameters())}
+        gradients = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in named.items()}
+        return y.detach(), {name: self._at_home(gradient) for name, gradient in gradients.items()}
+
+    def _at_home(self, x: Tensor) -> Tensor:
+        return x.to(self.home).double()
 
     @torch.no_grad()
     def _decode(self, twin: SequenceMixer, x: Tensor, steps: int) -> Tensor:
