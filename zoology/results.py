@@ -34,6 +34,7 @@ def load(directory: Path | str) -> pd.DataFrame:
     `accuracy`, `stderr`, `num_examples` are of the test slice, `validation_accuracy` of its validation twin,
     `validation_mean` the run's mean over slices, by which rates are selected. `state_elements` and `state_bytes`
     are per sequence over all layers at the longest test length, `slice_state_*` at the slice's own length.
+    `task_options` is the slice's task as `zoology.tasks.from_config` reads it.
 
     Raises ResultsError for a directory that cannot be read, holds no finished run, or has another schema version.
     """
@@ -95,6 +96,7 @@ def _slice_columns(part: dict[str, Any], state: dict[str, Any]) -> dict[str, Any
     return {
         "slice": part["name"],
         "task": part["task"]["name"],
+        "task_options": part["task"],
         "seq_len": part["seq_len"],
         "num_kv_pairs": part["task"].get("num_kv_pairs"),
         "vocab_size": part["task"].get("vocab_size"),
