@@ -209,7 +209,7 @@ def make_engine(options: dict[str, Any], setups: list[Any], timeout: float | Non
     if options["engine"] == "ray":
         from zoology.engines.ray import RayEngine
 
-        return RayEngine(setups, address=options["address"], timeout=timeout)
+        return RayEngine(setups, address=options["address"], jobs=options["jobs"] or 1, timeout=timeout)
     from zoology.engines.local import LocalEngine
 
     return LocalEngine(setups, timeout=timeout)

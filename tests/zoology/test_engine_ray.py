@@ -1,0 +1,107 @@
+"""The Ray engine on a real cluster of this machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from architectures import registry
+from zoology.engines.local import Finished
+from zoology.runner import plan, store, worker
+from zoology.runner.driver import Exit, run_sweep
+from zoology.runner.plan import PlanError
+
+HANGING = """
+import time, torch
+from typing import NamedTuple
+from architectures import SequenceMixer, register
+
+
+class Nothing(NamedTuple):
+    pass
+
+
+@register("hanging", paper="none")
+class Hanging(SequenceMixer):
+    def __init__(self, d_model: int, *, backend: str = "auto"):
+        super().__init__(d_model, backend=backend)
+
+    def forward(self, x):
+        time.sleep(600)
+
+    def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None):
+        return Nothing()
+"""
+
+
+def test_the_engine_says_that_ray_is_not_installed(monkeypatch):
+    from zoology.engines import ray as engine
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(PlanError, match=r"pip install 'zoology\[ray\]'"):
+        engine.RayEngine([])
+
+
+def test_nothing_else_imports_ray():
+    code = "import sys, zoology.run, zoology.runner.worker, zoology.engines.local; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_dead_address_is_refused_at_once(tmp_path):
+    pytest.importorskip("ray")
+    from zoology.engines.ray import RayEngine
+
+    setup = worker.Setup("cpu", 1, str(tmp_path), (), None, None)
+    with pytest.raises(PlanError, match=r"--address 127\.0\.0\.1:1: no Ray cluster answers there"):
+        RayEngine([setup], address="127.0.0.1:1")
+
+
+def test_a_sweep_on_a_cluster_survives_a_killed_worker(tmp_path, make_run, watcher):
+    """A hanging run is given up, a killed one tried again; the driver's directory has every file of every run."""
+    pytest.importorskip("ray")
+    from zoology.engines.ray import RayEngine
+
+    path = tmp_path / "hanging.py"
+    path.write_text(HANGING)
+    registry.load_file(path)
+    try:
+        (hanging,) = plan.make_plan([make_run(("base_conv", "hanging"))], "cpu")
+    finally:
+        registry._entries.pop("hanging")
+    out = tmp_path / "out"
+    out.mkdir()
+    setup = worker.Setup("cpu", 1, str(out), (str(path),), None, None)
+    engine = RayEngine([setup] * 2, timeout=0.5)
+    try:
+        assert (engine.slots, engine.free) == (2, 2)
+        path.unlink()  # nodes have no disk in common with the driver: the file has travelled already
+        engine.start(hanging.run_id, hanging.config.model_dump_json())
+        assert engine.free == 1
+        events = []
+        while not any(isinstance(event, Finished) for event in events):
+            events += engine.poll(0.2)
+        assert events[-1].failure == worker.Failure("timed out", "timed out after 0.5 s")
+        assert engine.free == 2
+
+        engine._timeout = None
+        runs = plan.make_plan([make_run(epochs=3), make_run(lr=1e-3), make_run(lr=2e-3)], "cpu")
+        pids, killed = {}, []
+
+        def kill_once(run, epoch):
+            if run is runs[0] and not killed:
+                killed.append(pids[run.run_id])
+                os.kill(killed[0], signal.SIGKILL)
+
+        watcher.started = lambda run, pid: pids.update({run.run_id: pid})
+        watcher.epoch = kill_once
+        outcome = run_sweep(runs, engine, out, watcher, total=3, retries=1)
+    finally:
+        engine.stop()
+    assert (outcome.exit, outcome.failures) == (Exit.DONE, {})
+    assert len(killed) == 1
+    assert set(store.scan(out).finished) == {run.run_id for run in runs}
+    lines = (out / runs[0].run_id / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
