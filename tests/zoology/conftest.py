@@ -1,6 +1,7 @@
 """Small runs that several test files share."""
 
 import functools
+import json
 from collections import deque
 from pathlib import Path
 
@@ -97,6 +98,9 @@ class Watcher:
     def finished(self, run, record, message):
         self.seen.append(("finished", run.run_id, message))
 
+    def note(self, message):
+        self.seen.append(("note", message))
+
     def tick(self):
         self.left = self.progress.seconds_left()
 
@@ -130,6 +134,13 @@ def results_directory(tmp_path_factory):
     return directory
 
 
+@functools.lru_cache(maxsize=256)
+def _weighed(model_json):
+    """A model without memory, to be counted."""
+    with torch.device("meta"):
+        return LanguageModel(ModelConfig(**json.loads(model_json)))
+
+
 def made_up_record(config, accuracy, *, validation=None, seconds=60.0):
     """The record of a run that never ran: `accuracy` on test by slice, or the same on all; so for `validation`."""
     validation, labels = accuracy if validation is None else validation, [part.label for part in config.data.test]
@@ -137,8 +148,7 @@ def made_up_record(config, accuracy, *, validation=None, seconds=60.0):
         values if isinstance(values, dict) else dict.fromkeys(labels, values) for values in (validation, accuracy)
     ]
     score = {part.label: {"stderr": 0.005, "num_examples": part.num_examples} for part in config.data.test}
-    with torch.device("meta"):
-        model = LanguageModel(config.model)
+    model = _weighed(config.model.model_dump_json())
     hashes = config.data.hashes()
     return {
         "schema_version": SCHEMA_VERSION,

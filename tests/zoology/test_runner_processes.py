@@ -144,6 +144,18 @@ def test_a_run_that_hangs_is_given_up(tmp_path, make_run, trouble, make_engine, 
     assert engine.pids() == []
 
 
+def test_a_run_without_memory_beside_another_gets_the_device_alone(tmp_path, make_run, trouble, make_engine, watcher):
+    """Two workers share a device; the run that finds no memory ends one of them, and fails only when it is alone."""
+    (run,) = plan.make_plan([troubled(make_run(), what="memory")], "cpu")
+    engine = make_engine(trouble, jobs=2)
+    outcome = run_sweep([run], engine, tmp_path, watcher, total=1)
+    assert [seen for seen in watcher.seen if seen[0] == "note"] == [
+        ("note", f"{run.label}: out of memory on cpu: 1 runs at once there from now on")
+    ]
+    assert outcome.failures == {run.run_id: "out of memory: no 7 GB left"}
+    assert engine.slots == watcher.progress.slots == 1
+
+
 def test_a_killed_worker_costs_its_epochs_since_the_checkpoint_only(tmp_path, make_run, make_engine, watcher):
     (run,) = plan.make_plan([make_run(epochs=4)], "cpu")
     engine, killed = make_engine(), []

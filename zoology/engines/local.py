@@ -44,11 +44,22 @@ class Finished(NamedTuple):
     failure: Failure | None
 
 
-Event = Started | EpochDone | Finished
+class Crowded(NamedTuple):
+    """A run found too little memory beside others on its device: fewer run there from now on, and it can try again."""
+
+    run_id: str
+    message: str
+
+
+Event = Started | EpochDone | Finished | Crowded
 
 
 class LocalEngine:
-    """Runs on this machine: one worker per entry of `setups`, `timeout` seconds for each run at most."""
+    """Runs on this machine: one worker per entry of `setups`, `timeout` seconds for each run at most.
+
+    Workers that share a device and run out of memory become fewer; a run fails for lack of memory only when it was
+    alone on its device.
+    """
 
     def __init__(self, setups: Sequence[Setup], *, timeout: float | None = None):
         self._workers = [_Worker(index, setup, timeout) for index, setup in enumerate(setups)]
@@ -75,7 +86,19 @@ class LocalEngine:
         deadlines = [worker.deadline for worker in busy if worker.deadline is not None]
         limit = min([timeout, *(max(0.0, deadline - time.monotonic()) for deadline in deadlines)])
         wait([handle for worker in busy for handle in (worker.connection, worker.process.sentinel)], limit)
-        return [event for worker in busy for event in worker.events()]
+        return [self._relieve(worker, event) for worker in busy for event in worker.events()]
+
+    def _relieve(self, worker: _Worker, event: Event) -> Event:
+        """Where memory ran out on a device that several workers share, one worker fewer shares it."""
+        if not isinstance(event, Finished) or event.failure is None or event.failure.kind != "out of memory":
+            return event
+        device = worker.setup.device
+        sharing = sum(other.setup.device == device for other in self._workers)
+        if sharing == 1:
+            return event
+        worker.kill()
+        self._workers.remove(worker)
+        return Crowded(event.run_id, f"out of memory on {device}: {sharing - 1} runs at once there from now on")
 
     def pids(self) -> list[int]:
         """Process ids of the workers that live."""

@@ -12,7 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from zoology.engines.local import EpochDone, Event, Finished, Started
+from zoology.engines.local import Crowded, EpochDone, Event, Finished, Started
 from zoology.runner import store
 from zoology.runner.plan import Estimate, PlannedRun, longest_first
 from zoology.runner.worker import Failure
@@ -47,6 +47,7 @@ class View(Protocol):
     def started(self, run: PlannedRun, worker: int) -> None: ...
     def epoch(self, run: PlannedRun, epoch: dict[str, Any]) -> None: ...
     def finished(self, run: PlannedRun, record: dict[str, Any] | None, message: str) -> None: ...
+    def note(self, message: str) -> None: ...
     def tick(self) -> None: ...
     def end(self) -> None: ...
 
@@ -225,6 +226,10 @@ class _Sweep:
             with suppress(OSError):
                 active.folder.add_epoch(event.epoch)
             self.view.epoch(active.run, event.epoch)
+        elif isinstance(event, Crowded):
+            self.progress.pending.appendleft(self.progress.active.pop(event.run_id).run)
+            self.progress.slots = self.engine.slots
+            self.view.note(f"{active.run.label}: {event.message}")
         elif event.record is not None:
             self._finish(active, event)
         elif event.failure.kind == "crashed" and active.attempt <= self.retries:

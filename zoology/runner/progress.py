@@ -59,6 +59,9 @@ class PlainView:
         left = f"; {duration(progress.seconds_left())} left" if progress.pending or progress.active else ""
         self._print(f"[{progress.done:{width}}/{progress.total}] {run.label}: {said}{left}")
 
+    def note(self, message: str) -> None:
+        self._print(message)
+
     def tick(self) -> None:
         pass
 
