@@ -27,6 +27,15 @@ import triton.language as tl
 
 # ---------------------------------------------------------------- pieces
 @triton.jit
+def _operand(x, OP: tl.constexpr, PREC: tl.constexpr):
+    """An operand of a product; for tf32 rounded, where the tensor cores would cut digits off."""
+    x = x.to(OP)
+    if PREC == "tf32" and x.dtype != tl.bfloat16:
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
 def _select(
     i_b: tl.constexpr,
     WHICH: tl.constexpr,
@@ -173,7 +182,7 @@ def _columns(b_c, OP: tl.constexpr):
 
 
 @triton.jit
-def _operand(b_z, b_w, OP: tl.constexpr):
+def _z_operand(b_z, b_w, OP: tl.constexpr):
     """z [BF, 16] as an operand that keeps twice the digits: the sum of its columns is the weighted z."""
     i = tl.arange(0, 16)[None, :]
     b_z = b_z * b_w[:, None]
@@ -211,9 +220,9 @@ def _absorb(
     With COLUMNS, c is [C, 16] from `_columns` and z as in `_spread`; else c is 1 and z a vector.
     """
     b_p = _features_t(x_t, b_m, i_b, EVEN, F, FP, NQ, BF, OP, PREC)
-    b_s = tl.dot(b_p.to(OP), b_y, acc=b_s, input_precision=PREC)
+    b_s = tl.dot(_operand(b_p, OP, PREC), b_y, acc=b_s, input_precision=PREC)
     if COLUMNS:
-        b_z = tl.dot(b_p.to(OP), b_c, acc=b_z, input_precision=PREC)
+        b_z = tl.dot(_operand(b_p, OP, PREC), b_c, acc=b_z, input_precision=PREC)
     elif WITH_Z:
         b_z += tl.sum(b_p, 1)
     return b_s, b_z
@@ -303,7 +312,7 @@ def _state_kernel(
         b_x = _load(x_ptr + o_t[:, None] * H * F + o_f[None, :], m_t[:, None] & (o_f < F)[None, :], EVEN)
         b_y = _load(y_ptr + o_t[:, None] * H * V + o_v[None, :], m_t[:, None] & (o_v < V)[None, :], EVEN)
         b_xt = tl.trans(b_x.to(OP))
-        b_y = b_y.to(OP)
+        b_y = _operand(b_y, OP, PREC)
         b_m = m_t.to(tl.float32)
         b_c = _columns(_load(c_ptr + o_t * H, m_t, EVEN) if HAS_C else b_m, OP)
         b_s0, b_z0 = _absorb(b_xt, b_y, b_c, b_m, b_s0, b_z0, 0, True, True, EVEN, F, FP, NQ, BF, OP, PREC)
@@ -401,7 +410,7 @@ def _read(
     b_p = x1 * x2
     if NORMALISE:
         b_n += tl.sum(b_p * (b_z * b_w)[None, :], 1)
-    b_o = tl.dot(b_p.to(OP), (b_s * b_w[:, None]).to(OP), acc=b_o, input_precision=PREC)
+    b_o = tl.dot(_operand(b_p, OP, PREC), _operand(b_s * b_w[:, None], OP, PREC), acc=b_o, input_precision=PREC)
     return b_o, b_n
 
 
@@ -475,14 +484,14 @@ def _apply_kernel(
         b_o = tl.zeros([C, BV], tl.float32)
         if CAUSAL:
             b_xs = _load(xs_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
-            b_ys = _load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN).to(OP)
+            b_ys = _operand(_load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN), OP, PREC)
             b_xst = tl.trans(b_xs)
             b_w = tl.dot(b_x, b_xst, input_precision=PREC) * scale
             m_c = o_t[:, None] <= o_t[None, :] if REVERSE else o_t[:, None] >= o_t[None, :]
             b_w = tl.where(m_c, 1.0 + b_w * (1.0 + 0.5 * b_w), 0.0)
             if NORMALISE:
                 b_n = tl.sum(b_w, 1)
-            b_o = tl.dot(b_w.to(OP), b_ys, acc=b_o, input_precision=PREC)
+            b_o = tl.dot(_operand(b_w, OP, PREC), b_ys, acc=b_o, input_precision=PREC)
 
         b_o, b_n = _read(b_x, b_s0, b_z0, b_o, b_n, scale, 0, NORMALISE, F, FP, NQ, BF, OP, PREC)
         if CAUSAL:
@@ -551,24 +560,24 @@ def _pull_back(
 ):
     """Add to b_dx [C, FP] the gradient of x behind the features of block i_b, dphi(x) = S y + z c, c [C, 16]."""
     b_w = _weights(i_b, scale, F, NQ, BF)
-    b_g = tl.dot(b_y, tl.trans((b_s * b_w[:, None]).to(OP)), input_precision=PREC)
+    b_g = tl.dot(b_y, tl.trans(_operand(b_s * b_w[:, None], OP, PREC)), input_precision=PREC)
     if BF <= 128:
         # One factor after the other: both at once would not fit in the registers.
         x2 = _factors(b_x, i_b, 2, F, FP, NQ, BF, OP, PREC)
-        b_g = tl.dot(b_c, tl.trans(_operand(b_z, b_w, OP)), acc=b_g, input_precision=PREC)
+        b_g = tl.dot(b_c, tl.trans(_z_operand(b_z, b_w, OP)), acc=b_g, input_precision=PREC)
         e1, _ = _select(i_b, 1, F, FP, NQ, BF, OP)
-        b_dx = tl.dot((b_g * x2).to(OP), e1, acc=b_dx, input_precision=PREC)
+        b_dx = tl.dot(_operand(b_g * x2, OP, PREC), e1, acc=b_dx, input_precision=PREC)
         e2, _ = _select(i_b, 2, F, FP, NQ, BF, OP)
         x1 = tl.dot(b_x, tl.trans(e1), input_precision=PREC)  # where it is 1, e2 picks nothing
-        b_dx = tl.dot((b_g * x1).to(OP), e2, acc=b_dx, input_precision=PREC)
+        b_dx = tl.dot(_operand(b_g * x1, OP, PREC), e2, acc=b_dx, input_precision=PREC)
     else:
         # Separate one-hots would not fit in shared memory.
-        b_g = tl.dot(b_c, tl.trans(_operand(b_z, b_w, OP)), acc=b_g, input_precision=PREC)
+        b_g = tl.dot(b_c, tl.trans(_z_operand(b_z, b_w, OP)), acc=b_g, input_precision=PREC)
         x12 = _factors(b_x, i_b, 3, F, FP, NQ, BF, OP, PREC)
         x1, x2 = tl.split(tl.permute(tl.reshape(x12, (b_x.shape[0], 2, BF)), (0, 2, 1)))
         e, _ = _select(i_b, 3, F, FP, NQ, BF, OP)
         b_g = tl.reshape(tl.permute(tl.join(b_g * x2, b_g * x1), (0, 2, 1)), (b_x.shape[0], 2 * BF))
-        b_dx = tl.dot(b_g.to(OP), e, acc=b_dx, input_precision=PREC)
+        b_dx = tl.dot(_operand(b_g, OP, PREC), e, acc=b_dx, input_precision=PREC)
     return b_dx
 
 
@@ -642,11 +651,11 @@ def _dx_kernel(
         m_f = m_t[:, None] & (o_f < F)[None, :]
         m_v = m_t[:, None] & (o_v < V)[None, :]
         b_x = _load(x_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
-        b_y = _load(y_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN).to(OP)
+        b_y = _operand(_load(y_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN), OP, PREC)
         b_m = m_t.to(tl.float32)
         if CAUSAL:
             b_xs = _load(xs_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
-            b_ys = _load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN).to(OP)
+            b_ys = _operand(_load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN), OP, PREC)
             b_d = _load(c_ptr + o_t * H, m_t, EVEN)
             b_c = b_m if REVERSE else b_d
             b_cs = b_d if REVERSE else b_m
@@ -662,7 +671,7 @@ def _dx_kernel(
             m_c = o_t[:, None] <= o_t[None, :] if REVERSE else o_t[:, None] >= o_t[None, :]
             b_ds = tl.where(m_c, (1.0 + b_ds) * b_g * scale, 0.0)
             b_cs = _columns(b_cs, OP)
-            b_dx = tl.dot(b_ds.to(OP), b_xs, acc=b_dx, input_precision=PREC)
+            b_dx = tl.dot(_operand(b_ds, OP, PREC), b_xs, acc=b_dx, input_precision=PREC)
 
         b_dx = _pull_back(b_x, b_y, b_r, b_s0, b_z0, b_dx, scale, 0, F, FP, NQ, BF, OP, PREC)
         if CAUSAL:
