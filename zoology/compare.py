@@ -32,7 +32,8 @@ class Comparison(NamedTuple):
 
     `points`: one row per published point that has been run (see `compare`). `missing`: the published points that have
     not. `unpublished`: models run that the figure does not have. `departures`: in what runs differ from the
-    protocol. `left_out`: runs tested on other examples than most. `frame`: the results table of all the others.
+    protocol. `left_out`: runs tested on other examples than most. `frame`: the results table of all the others, and
+    `devices` what they ran on.
     """
 
     protocol: Protocol
@@ -42,6 +43,7 @@ class Comparison(NamedTuple):
     unpublished: list[str]
     departures: list[str]
     left_out: int
+    devices: list[str]
 
 
 def compare(records: Iterable[dict[str, Any]]) -> list[Comparison]:
@@ -108,7 +110,8 @@ def _compare(protocol: Protocol, records: list[dict[str, Any]]) -> Comparison:
         text + ("" if count == len(records) else f" ({count} of {len(records)} runs)") for text, count in counts.items()
     ]
     left_out = frame["run_id"].nunique() - len(run_ids)
-    return Comparison(protocol, pd.DataFrame(rows), kept, missing, sorted(unused), said, left_out)
+    devices = sorted({record["device"]["name"] for record in records})
+    return Comparison(protocol, pd.DataFrame(rows), kept, missing, sorted(unused), said, left_out, devices)
 
 
 def _row(point: Point, ours: pd.Series, extra: dict[str, Any]) -> dict[str, Any]:
@@ -196,6 +199,7 @@ def to_json(comparisons: Sequence[Comparison]) -> str:
                 "source": comparison.protocol.source,
                 "departures": comparison.departures,
                 "left_out": comparison.left_out,
+                "cost": cost(comparison),
                 "points": comparison.points.to_dict("records"),
                 "order": {memory: order(comparison.points, memory) for memory in _memories(comparison)},
                 "missing": [point._asdict() for point in comparison.missing],
@@ -238,47 +242,69 @@ def _tests(rows: Iterable[tuple[int, int, int]]) -> str:
     return ", ".join(f"{length}x{pairs}" for length, pairs, _ in rows)
 
 
+TITLES = (
+    "architecture", "model", "state bytes", "field's", "accuracy", "95% interval", "seeds", "hardest slice",
+    "published", "difference", "",
+)  # fmt: skip
+
+
 def show(comparison: Comparison, console) -> None:
     """Print a comparison: the table of points, the order of architectures, and what is not in them."""
     from rich.table import Table
 
-    protocol, points = comparison.protocol, comparison.points
-    by_bytes = protocol.memory == "field_bytes"
+    protocol = comparison.protocol
     table = Table(box=None, pad_edge=False, title=f"{protocol.title} ({protocol.source})", title_justify="left")
-    table.add_column("architecture")
-    table.add_column("model", overflow="fold")
-    for title in (
-        "state bytes",
-        "field's" if by_bytes else "",
-        "accuracy",
-        "95% interval",
-        "seeds",
-        "published",
-        "difference",
-        "",
-    ):
-        table.add_column(title, justify="right")
-    for _, row in points.iterrows():
+    for index, title in enumerate(TITLES):
+        table.add_column(title, justify="left" if index < 2 else "right", overflow="fold" if index == 1 else "ellipsis")
+    for _, row in comparison.points.iterrows():
         table.add_row(*cells(row))
     console.print(table)
-    lines = [f"{MARKS[kind]} {text}" for kind, text in LEGEND.items() if (points["verdict"] == kind).any()]
+    for line in notes(comparison):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print()
+
+
+def tables(comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """The tables of `show` as one DataFrame of text, by figure."""
+    parts = {
+        comparison.protocol.title: pd.DataFrame(
+            [cells(row) for _, row in comparison.points.iterrows()], columns=list(TITLES)
+        )
+        for comparison in comparisons
+    }
+    return pd.concat(parts, names=["figure", "point"]).droplevel("point")
+
+
+def all_notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """The notes of several figures, each under its title."""
+    return [line for comparison in comparisons for line in (comparison.protocol.title, *notes(comparison), "")]
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader of the table needs to know, one line each."""
+    points, lines = comparison.points, []
+    lines += [f"{MARKS[kind]} {text}" for kind, text in LEGEND.items() if (points["verdict"] == kind).any()]
     counts = points["verdict"].value_counts()
-    lines.append(
-        ", ".join(f"{counts.get(kind, 0)} {kind}" for kind in MARKS) + f" the known spread, of {len(points)} points run"
-    )
+    verdicts = ", ".join(f"{counts.get(kind, 0)} {kind}" for kind in MARKS)
+    lines.append(f"{verdicts} the known spread, of {len(points)} points run")
     lines += [f"differs from the protocol in {text}" for text in comparison.departures]
     for memory in _memories(comparison):
         summary, *pairs = order_lines(points, memory)
         lines += [f"order at equal {_memory_name(memory)}: {summary}", *(f"  {pair}" for pair in pairs)]
+    lines.append(f"cost: {cost(comparison)}")
     if comparison.missing:
         lines.append("not run: " + "; ".join(_said(point) for point in comparison.missing))
     if comparison.unpublished:
         lines.append("not published: " + "; ".join(comparison.unpublished))
     if comparison.left_out:
         lines.append(f"left out: {comparison.left_out} runs that were tested on other examples")
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print()
+    return lines
+
+
+def cost(comparison: Comparison) -> str:
+    """Runs and minutes of computing of a comparison, with evaluation and compilation, as text."""
+    runs = comparison.frame.drop_duplicates("run_id")
+    return f"{len(runs)} runs, {runs['wall_seconds'].sum() / 60:,.1f} minutes on {' and '.join(comparison.devices)}"
 
 
 def cells(row: pd.Series) -> tuple[str, ...]:
@@ -291,6 +317,7 @@ def cells(row: pd.Series) -> tuple[str, ...]:
         f"{row['accuracy']:.3f}",
         "" if pd.isna(row["low"]) else f"{row['low']:.3f}-{row['high']:.3f}",
         str(row["num_seeds"]),
+        f"{row['hardest']:.3f}",
         f"{'~' if row['approximate'] else ''}{row['published']:.3f}",
         f"{row['difference']:+.3f}",
         MARKS[row["verdict"]],

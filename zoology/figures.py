@@ -1,7 +1,7 @@
 """Figures of the published protocols: accuracy beside the published one, learning rates, training time.
 
-Each takes what `zoology.compare.compare` or `zoology.results.load` returns and gives a matplotlib figure. Filled
-markers are measured here, hollow ones published; a white dot: the selected learning rate lies at the edge of its grid.
+Each takes what `zoology.compare.compare` returns, or one part of it, and gives a matplotlib figure. Filled markers are
+measured here, hollow ones published; a white dot: the selected learning rate lies at the edge of its grid.
 """
 
 from __future__ import annotations
@@ -72,30 +72,32 @@ def by_width(comparisons: Sequence[Comparison]):
     return figure
 
 
-def learning_rates(frame: pd.DataFrame):
+def learning_rates(comparisons: Sequence[Comparison]):
     """Validation accuracy against learning rate, a panel per architecture and a line per model, darker with more state.
 
-    Each value is a mean over slices and seeds. The selected rate of each model is marked. Returns the figure.
+    Each value is a mean over slices and seeds. The selected rate of each model is marked, hollow at the edge of its
+    grid. Several comparisons get a row each. Returns the figure.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    table, names = results.select(frame), plot.by_name(frame)
-    chosen = table[table["slice"] == results.MEAN].set_index("point_id")
-    runs = frame.drop_duplicates("run_id")
+    names = plot.by_name(pd.concat([comparison.frame for comparison in comparisons]))
     looks = plot.styles(names)
-    columns = min(6, len(names))
-    rows = -(-len(names) // columns)
+    columns = min(6, len(names)) if len(comparisons) == 1 else len(names)
+    rows = -(-len(names) // columns) * len(comparisons)
     with rc_context(plot.RC):
         figure = Figure(figsize=(0.6 + 1.65 * columns, 0.6 + 1.7 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-        for index, axis in enumerate(panels):
-            if index >= len(names):
-                axis.set_axis_off()
-                continue
-            _draw_rates(axis, runs[runs["architecture"] == names[index]], chosen, looks[names[index]])
-            axis.set_title(names[index])
-            axis.tick_params(labelbottom=index + columns >= len(names))
+        for comparison in comparisons:
+            table, runs = results.select(comparison.frame), comparison.frame.drop_duplicates("run_id")
+            chosen = table[table["slice"] == results.MEAN].set_index("point_id")
+            for name in names:
+                axis = next(panels)
+                _draw_rates(axis, runs[runs["architecture"] == name], chosen, looks[name])
+                at = f", length {comparison.protocol.seq_len}" if len(comparisons) > 1 else ""
+                axis.set_title(name + at)
+        for axis in panels:
+            axis.set_axis_off()
         figure.supxlabel("learning rate", fontsize=9)
         figure.supylabel("validation accuracy, mean of slices", fontsize=9)
     return figure
@@ -124,36 +126,43 @@ def _draw_rates(axis, runs: pd.DataFrame, chosen: pd.DataFrame, look: plot.Style
     axis.set_xscale("log")
 
 
-def training_time(frame: pd.DataFrame):
+def training_time(comparisons: Sequence[Comparison]):
     """Accuracy against the measured training time of one run, at the selected learning rate. Returns the figure.
 
-    The time is the mean over seeds, and is of training alone: evaluation, data and compilation are not in it.
+    The time is the mean over seeds, and is of training alone: evaluation, data and compilation are not in it. Several
+    comparisons get a panel each.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
+    looks = plot.styles(plot.by_name(pd.concat([comparison.frame for comparison in comparisons])))
+    tables = [_with_seconds(comparison.frame) for comparison in comparisons]
+    wide = len(comparisons) == 1
+    with rc_context(plot.RC):
+        size = (7.4, 3.9) if wide else (1.2 + 2.3 * len(comparisons), 3.4)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, len(comparisons), sharey=True, squeeze=False)[0]
+        for axis, comparison, table in zip(axes, comparisons, tables):
+            _draw_measured(axis, table, looks, "seconds", lines=False)
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.set_title("" if wide else f"length {comparison.protocol.seq_len}")
+        devices = sorted({device for comparison in comparisons for device in comparison.devices})
+        figure.supxlabel(f"training time of one run (seconds, {' and '.join(devices)})", fontsize=9)
+        axes[0].set_ylabel("test accuracy, mean of slices" if wide else "test accuracy")
+        _legend(axes[-1], looks, pd.concat(tables), published=False, bound=False, lines=False)
+    return figure
+
+
+def _with_seconds(frame: pd.DataFrame) -> pd.DataFrame:
+    """The selected points, mean over slices, with the mean training time over their seeds."""
     table = results.select(frame)
     means = table[table["slice"] == results.MEAN]
-    runs = frame.drop_duplicates("run_id")
-    seconds = runs.groupby(["point_id", "lr"])["train_seconds"].mean()
-    means = means.assign(seconds=[seconds[point, rate] for point, rate in zip(means["point_id"], means["lr"])])
-    looks = plot.styles(plot.by_name(frame))
-    with rc_context(plot.RC):
-        figure = Figure(figsize=(7.4, 3.9), layout="constrained")
-        axis = figure.subplots()
-        _draw_measured(axis, means, looks, "seconds", lines=False)
-        devices = " and ".join(sorted(runs["device"].unique()))
-        axis.set(
-            xscale="log",
-            xlabel=f"training time of one run (seconds, {devices})",
-            ylabel="test accuracy, mean of slices",
-        )
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(ScalarFormatter())
-        _legend(axis, looks, table, published=False, bound=False, lines=False)
-    return figure
+    seconds = frame.drop_duplicates("run_id").groupby(["point_id", "lr"])["train_seconds"].mean()
+    return means.assign(seconds=[seconds[point, rate] for point, rate in zip(means["point_id"], means["lr"])])
 
 
 SCALE = {"*": 1.6, "P": 1.3, "X": 1.3}

@@ -187,7 +187,8 @@ def test_the_command_prints_a_table(records, write_records, capsys):
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if "40,292" in line]
     assert line.split() == [
-        "based", "d_model=64", "feature_dim=16", "40,292", "40,548", "0.910", "0.783-1.000", "2", "0.912", "-0.002",
+        "based", "d_model=64", "feature_dim=16", "40,292", "40,548", "0.910", "0.783-1.000", "2",
+        "0.910", "0.912", "-0.002",
     ]  # fmt: skip
     assert "~0.700" in printed
     assert "1 within, 2 unclear, 3 outside the known spread, of 6 points run" in printed

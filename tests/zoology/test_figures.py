@@ -1,0 +1,229 @@
+"""Figures, notebooks and the README's section beside the published figures, from made-up records."""
+
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+from zoology import compare, figures, results, results_page
+
+ROOT = Path(__file__).parents[2]
+
+
+def kept(run):
+    """Enough of the grid for every part of the figures: five architectures, two widths."""
+    return run.architecture in ("attention", "based", "h3", "hyena", "rwkv4", "retnet") and run.model.d_model in (
+        64,
+        128,
+    )
+
+
+def accuracy(run):
+    """Grows with width, falls with the number of pairs, best at the third rate; at the last for retnet."""
+    rates = (0.01, 0.00215443) if run.architecture != "retnet" else (0.0316228,)
+    top = (0.3 if run.train.lr in rates else 0.2) + run.model.d_model / 320
+    return {part.label: top - 0.001 * part.task.num_kv_pairs + 0.01 * run.seed for part in run.data.test}
+
+
+@pytest.fixture(scope="module")
+def made_up(paper_runs, make_record):
+    """Records by experiment file."""
+
+    def records(file):
+        runs = [run for run in paper_runs(file) if kept(run)]
+        again = [run for run in runs if run.train.lr in (0.01, 0.00215443) and run.architecture != "retnet"]
+        runs += [run.model_copy(update={"seed": 1}) for run in again]
+        return [make_record(run, accuracy(run), seconds=60.0 + run.model.d_model) for run in runs]
+
+    return {file: records(file) for file in ("mqar_sweep.py", "zoology_figure2.py")}
+
+
+@pytest.fixture(scope="module")
+def based(made_up):
+    (comparison,) = compare.compare(made_up["mqar_sweep.py"])
+    return comparison
+
+
+@pytest.fixture(scope="module")
+def zoology(made_up):
+    return compare.compare(made_up["zoology_figure2.py"])
+
+
+def marked(axis, marker, *, hollow):
+    """The points drawn with a marker, as {(x, y)}: hollow or filled."""
+    lines = [line for line in axis.lines if line.get_marker() == marker and line.get_linestyle() == "None"]
+    lines = [line for line in lines if (line.get_markerfacecolor() == "none") == hollow and line.get_markersize() > 2]
+    return {(float(x), round(float(y), 6)) for line in lines for x, y in zip(line.get_xdata(), line.get_ydata())}
+
+
+def texts(legend):
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_measured_and_published_points_stand_at_their_own_state(based):
+    figure = figures.beside_published(based)
+    mean, hard = figure.axes
+    # In the order of the names: attention (o), based (s), h3 (^), hyena (D), retnet (v).
+    assert marked(mean, "^", hollow=True) == {(8_192, 0.189), (32_768, 0.248)}
+    pairs = [4, 8, 16, 32, 64, 128, 256]
+    tops = {24_064: 0.3 + 64 / 320 + 0.005, 97_280: 0.3 + 128 / 320 + 0.005}
+    assert marked(mean, "^", hollow=False) == {
+        (state, round(top - 0.001 * float(np.mean(pairs)), 6)) for state, top in tops.items()
+    }
+    assert marked(hard, "^", hollow=False) == {(state, round(top - 0.256, 6)) for state, top in tops.items()}
+    assert marked(hard, "^", hollow=True) == set()
+    assert (525_056, 1.0) in marked(mean, "o", hollow=True)
+    assert {x for x, _ in marked(mean, "v", hollow=False)} == {16_896, 66_560}
+    assert (mean.get_title(), hard.get_title()) == ("mean of 7 slices", "256 pairs, length 1,024")
+    low, high = mean.get_xlim()
+    assert low < 384 < 2_097_152 / 4 < high
+
+
+def test_intervals_bound_and_edges_are_drawn_and_explained(based):
+    mean, hard = figures.beside_published(based).axes
+    assert texts(hard.get_legend()) == [
+        "attention", "based", "h3", "hyena", "retnet", "published", "ruled out by the\ncounting bound",
+        "95% interval", "learning rate at\nedge of grid",
+    ]  # fmt: skip
+    spans = [segment for collection in hard.collections for segment in getattr(collection, "get_segments", list)()]
+    half = 12.7062 * 0.005
+    spread = 0.3 + 64 / 320 + 0.005 - 0.256
+    assert any(
+        segment[0][0] == 24_064 and segment[:, 1] == pytest.approx([spread - half, spread + half]) for segment in spans
+    )
+    (dots,) = [line for line in hard.lines if line.get_color() == "white"]
+    assert set(dots.get_xdata()) == {16_896, 66_560}
+    assert len(mean.patches) + len([c for c in mean.collections if "Fill" in type(c).__name__]) == 1
+
+
+def test_learning_rates_show_every_model_and_the_selected_rate(based):
+    figure = figures.learning_rates([based])
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    assert list(panels) == ["attention", "based", "h3", "hyena", "retnet"]
+    curves = [line for line in panels["based"].lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 4]
+    assert len(curves) == 6
+    assert all(np.argmax(line.get_ydata()) == 2 for line in curves)
+    (low, high) = (line for line in panels["retnet"].lines if len(line.get_xdata()) == 1)
+    assert list(low.get_xdata()) == list(high.get_xdata()) == [0.0316228]
+    assert low.get_markerfacecolor() == "white"
+    alphas = [line.get_alpha() for line in curves]
+    assert alphas == sorted(alphas)
+
+
+def test_several_lengths_get_a_row_each(zoology):
+    figure = figures.learning_rates(zoology)
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == [
+        f"{name}, length {length}"
+        for length in (64, 128, 256, 512)
+        for name in ("attention", "based", "h3", "hyena", "rwkv4")
+    ]
+
+
+def test_training_time_is_the_mean_over_the_seeds_of_the_selected_rate(based, zoology):
+    (axis,) = figures.training_time([based]).axes
+    assert {x for x, _ in marked(axis, "^", hollow=False)} == {60.0 + 64, 60.0 + 128}
+    figure = figures.training_time(zoology)
+    assert [axis.get_title() for axis in figure.axes] == [f"length {length}" for length in (64, 128, 256, 512)]
+    assert figure.get_supxlabel() == "training time of one run (seconds, made up)"
+
+
+def test_by_width(zoology):
+    figure = figures.by_width(zoology)
+    assert [axis.get_title() for axis in figure.axes] == [
+        "4 pairs, length 64", "8 pairs, length 128", "16 pairs, length 256", "64 pairs, length 512",
+    ]  # fmt: skip
+    assert marked(figure.axes[2], "^", hollow=True) == {(64, 0.08), (128, 0.643)}
+    assert marked(figure.axes[2], "^", hollow=False) == {(64, 0.5 + 0.005 - 0.016), (128, 0.7 + 0.005 - 0.016)}
+
+
+def test_a_figure_is_the_same_twice(based, tmp_path):
+    from zoology.plot import save_figure
+
+    first, second = (
+        [path.read_bytes() for path in save_figure(figures.training_time([based]), tmp_path, name)]
+        for name in ("first", "second")
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "pictures"),
+    [("based_figure2", "mqar_sweep.py", 3), ("zoology_figure2", "zoology_figure2.py", 4)],
+)
+def test_the_notebooks_run(name, file, pictures, made_up, write_records, monkeypatch):
+    monkeypatch.setenv("ZOOLOGY_RESULTS", str(write_records(made_up[file])))
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    drawn = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert len(drawn) == pictures
+    assert min(map(len, drawn)) > 20_000
+    text = "".join(output["text"] for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert "differs from the protocol in shuffled batches: True instead of False" in text
+    tables = [output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    assert "published" in tables[0]
+
+
+# -- the README's section -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path, made_up):
+    """A repository with some records of the first figure, and a README without a section."""
+    for record in made_up["mqar_sweep.py"]:
+        folder = tmp_path / results_page.FIGURES[0].directory / record["run_id"]
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(results.store.to_json(record))
+    (tmp_path / "README.md").write_text("# Title\n\ntext\n\n## Layout\n\nmore\n")
+    return tmp_path
+
+
+def test_the_readme_has_the_section_of_its_records():
+    text = (ROOT / "README.md").read_text()
+    assert results_page.replace_section(text, ROOT) == text
+
+
+def test_without_records_there_is_no_section(tmp_path):
+    text = "# Title\n\n## Layout\n"
+    assert results_page.replace_section(text, tmp_path) == text
+    filled = text.replace("## Layout", "<!-- results -->\nold\n<!-- end results -->\n\n## Layout")
+    assert results_page.replace_section(filled, tmp_path) == text
+
+
+def test_the_section_is_written_once_and_then_replaced(root):
+    readme = root / "README.md"
+    results_page.main([str(readme)])
+    first = readme.read_text()
+    assert first.startswith("# Title\n\ntext\n\n<!-- results -->\n## Beside the published figures\n")
+    assert first.endswith("<!-- end results -->\n\n## Layout\n\nmore\n")
+    assert results_page.replace_section(first.replace("0.189", "0.5"), root) == first
+    drawn = {path.name for path in (root / results_page.FIGURES[0].directory).glob("*.png")}
+    assert drawn == {"beside_published.png", "learning_rates.png", "training_time.png"}
+    pictures = [line.split("(")[1][:-1] for line in first.splitlines() if line.startswith("![")]
+    assert pictures == ["experiments/results/based_figure2/beside_published.png"]
+    assert (root / pictures[0]).is_file()
+
+
+def test_several_lengths_are_folded(zoology):
+    text = results_page._part(results_page.FIGURES[1], zoology)
+    assert [line for line in text.splitlines() if line.startswith("<details>")] == [
+        f"<details><summary>Zoology, Fig. 2, length {length}</summary>" for length in (64, 128, 256, 512)
+    ]
+    assert text.count("| `attention` |") == 8
+
+
+def test_the_table_has_state_measured_and_counted_accuracy_and_cost(based):
+    (line,) = [line for line in results_page.markdown_table(based).splitlines() if "8,192" in line]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "`h3`", "d_model=64 d_state=16 head_dim=2", "24,064", "8,192", "0.432",
+        "0.369-0.496", "2", "0.249", "0.189", "+0.243 \\*", f"{5 * 124 / 60:.1f}",
+    ]  # fmt: skip
+
+
+def test_a_text_without_a_place_is_refused(root):
+    with pytest.raises(ValueError, match="no place for the results: the text needs the heading '## Layout'"):
+        results_page.replace_section("# Title\n", root)

@@ -1,0 +1,131 @@
+"""The README's results beside the published figures, generated from committed records.
+
+`python -m zoology.results_page README.md` draws the figures of every directory of FIGURES that holds records and
+rewrites the section in place. Without records there is no section.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from zoology import compare, figures, plot, results
+from zoology.compare import Comparison
+from zoology.runner import store
+
+START, END = "<!-- results -->", "<!-- end results -->"
+BEFORE = "## Layout"  # where the section goes when there is none yet
+
+
+class Figure(NamedTuple):
+    """A published figure that this repository repeats: its records, and what made them."""
+
+    directory: str  # relative to the README
+    experiment: str
+    title: str
+
+
+FIGURES = (
+    Figure("experiments/results/based_figure2", "experiments/mqar_sweep.py", "Based, Fig. 2"),
+    Figure("experiments/results/zoology_figure2", "experiments/zoology_figure2.py", "Zoology, Fig. 2"),
+)
+
+
+def section(root: Path) -> str:
+    """The section, of every figure that has records under `root`, the folder of the README; "" if none has."""
+    parts = []
+    for figure in FIGURES:
+        comparisons = _comparisons(root / figure.directory)
+        if comparisons:
+            parts.append(_part(figure, comparisons))
+    if not parts:
+        return ""
+    return "\n\n".join([f"{START}\n## Beside the published figures", *parts, END])
+
+
+def _comparisons(directory: Path) -> list[Comparison]:
+    """What is committed of a figure; nothing where there are no records."""
+    if not directory.is_dir() or not store.scan(directory).finished:
+        return []
+    return compare.compare(results.load_records(directory))
+
+
+def _part(figure: Figure, comparisons: Sequence[Comparison]) -> str:
+    picture = f"![{figure.title}, measured and published]({figure.directory}/beside_published.png)"
+    told = (
+        f"*Filled markers are measured here, hollow ones published; `python -m zoology.run {figure.experiment} --scale "
+        f"paper`, drawn from the raw records in [{figure.directory}]({figure.directory}).*"
+    )
+    blocks = [f"### {figure.title}", picture, told]
+    for comparison in comparisons:
+        block = [markdown_table(comparison), "\n".join(_items(compare.notes(comparison)))]
+        if len(comparisons) > 1:
+            block = [f"<details><summary>{comparison.protocol.title}</summary>", *block, "</details>"]
+        blocks += block
+    return "\n\n".join(blocks)
+
+
+def _items(lines: Sequence[str]) -> list[str]:
+    """Notes as a list, what is indented one level below."""
+    return [f"  - {line.strip()}" if line.startswith(" ") else "- " + line.replace("* ", "\\* ", 1) for line in lines]
+
+
+def markdown_table(comparison: Comparison) -> str:
+    """One row per published point that was run, with the minutes of computing that all its rates and seeds took."""
+    titles = ("architecture", "model", "state bytes, measured", "as the field counts", *compare.TITLES[4:-1], "minutes")
+    lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "---:|" * (len(titles) - 2)]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for _, row in comparison.points.iterrows()]
+    return "\n".join(lines)
+
+
+def _cells(row: pd.Series) -> list[str]:
+    *cells, difference, mark = compare.cells(row)
+    cells = [cell or "-" for cell in cells]
+    cells[0] = f"`{cells[0]}`"
+    return [*cells, f"{difference} {mark}".strip().replace("*", "\\*"), f"{row['minutes']:.1f}"]
+
+
+def replace_section(text: str, root: Path) -> str:
+    """`text` with today's section in place of the one it has, or before "## Layout".
+
+    Where there are no records it comes back without one. Raises ValueError for a text that has neither the markers nor
+    that heading.
+    """
+    bare = re.sub(rf"{START}\n.*?{END}\n\n", "", text, flags=re.DOTALL)
+    new = section(root)
+    if not new:
+        return bare
+    if text == bare and f"\n{BEFORE}\n" not in text:
+        raise ValueError(f"no place for the results: the text needs the heading {BEFORE!r} or {START!r} to {END!r}")
+    if text == bare:
+        return text.replace(f"\n{BEFORE}\n", f"\n{new}\n\n{BEFORE}\n", 1)
+    return re.sub(rf"{START}\n.*?{END}", lambda _: new, text, count=1, flags=re.DOTALL)
+
+
+def draw(root: Path) -> list[Path]:
+    """Write the figures of every directory that has records, beside these."""
+    paths = []
+    for figure in FIGURES:
+        directory = root / figure.directory
+        if comparisons := _comparisons(directory):
+            by_state = comparisons[0].protocol.memory == "field_bytes"
+            main_figure = figures.beside_published(comparisons[0]) if by_state else figures.by_width(comparisons)
+            paths += plot.save_figure(main_figure, directory, "beside_published")
+            paths += plot.save_figure(figures.learning_rates(comparisons), directory, "learning_rates")
+            paths += plot.save_figure(figures.training_time(comparisons), directory, "training_time")
+    return paths
+
+
+def main(paths: list[str]) -> None:
+    for path in map(Path, paths):
+        print("\n".join(map(str, draw(path.parent))))
+        path.write_text(replace_section(path.read_text(), path.parent))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
