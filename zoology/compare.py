@@ -83,7 +83,7 @@ def _compare(protocol: Protocol, records: list[dict[str, Any]]) -> Comparison:
     run_ids = set(kept["run_id"])
     records = [record for record in records if record["run_id"] in run_ids]
     configs = {record["point_id"]: record["config"] for record in records}
-    models = {point_id: ModelConfig(**config["model"]) for point_id, config in configs.items()}
+    models = {point_id: _model(config) for point_id, config in configs.items()}
     away = {point_id: published.departures(config, protocol) for point_id, config in configs.items()}
     selected = results.select(kept)
     means = selected[selected["slice"] == results.MEAN].set_index("point_id")
@@ -91,7 +91,9 @@ def _compare(protocol: Protocol, records: list[dict[str, Any]]) -> Comparison:
     minutes = kept.drop_duplicates("run_id").groupby("point_id")["wall_seconds"].sum() / 60
     rows, missing, used = [], [], set()
     for point in published.points(protocol.name):
-        candidates = [name for name, model in models.items() if published.matches(point, model, protocol.seq_len)]
+        candidates = [
+            name for name, model in models.items() if model and published.matches(point, model, protocol.seq_len)
+        ]
         if not candidates:
             missing.append(point)
             continue
@@ -112,6 +114,14 @@ def _compare(protocol: Protocol, records: list[dict[str, Any]]) -> Comparison:
     left_out = frame["run_id"].nunique() - len(run_ids)
     devices = sorted({record["device"]["name"] for record in records})
     return Comparison(protocol, pd.DataFrame(rows), kept, missing, sorted(unused), said, left_out, devices)
+
+
+def _model(config: dict[str, Any]) -> ModelConfig | None:
+    """The model of a run's config; None if this program cannot build it, such as one from a file that is not loaded."""
+    try:
+        return ModelConfig(**config["model"])
+    except ValueError:
+        return None
 
 
 def _row(point: Point, ours: pd.Series, extra: dict[str, Any]) -> dict[str, Any]:

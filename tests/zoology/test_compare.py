@@ -125,6 +125,15 @@ def test_what_is_not_compared_is_listed(records):
     assert comparison.departures == ["shuffled batches: True instead of False"]
 
 
+def test_architectures_from_a_users_file_are_listed_as_unpublished(sweep, make_record):
+    known = make_record(chosen(sweep, "based", 64, feature_dim=16)[0.01], 0.8)
+    theirs = make_record(chosen(sweep, "retnet", 64)[0.01], 0.9)
+    theirs["architecture"] = theirs["config"]["model"]["layers"][-1]["name"] = "of_a_file"
+    (comparison,) = compare.compare([known, theirs])
+    assert comparison.points["architecture"].tolist() == ["based"]
+    assert comparison.unpublished == ["of_a_file d_model=64 num_heads=2"]
+
+
 def test_departures_count_runs_and_the_protocols_own_are_preferred(sweep, make_record):
     run = chosen(sweep, "based", 64, feature_dim=16)[0.01]
     short = run.model_copy(update={"train": run.train.model_copy(update={"epochs": 8})})
