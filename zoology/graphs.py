@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 import kernels
@@ -131,7 +132,7 @@ def batch_loss(
 
 def finish_step(
     vectors: list[Vectors],
-    grads: list[Tensor],
+    grads: list[list[Tensor]],
     scalars: Tensor,
     losses: Tensor,
     counter: Tensor,
@@ -242,7 +243,7 @@ class StaticLoop:
             grads = torch.autograd.grad(loss, self.optimizer.parameters)
             optimizer, tables = self.optimizer, (self.scalars, self.losses, self.counter)
             with torch.no_grad():
-                self._finish(optimizer.vectors, optimizer.gather(grads), *tables, loss.detach(), **optimizer.options)
+                self._finish(optimizer.vectors, optimizer.group(grads), *tables, loss.detach(), **optimizer.options)
 
         return step
 
@@ -373,6 +374,13 @@ class Evaluation:
         return summarise(self.accuracies[: self.number])
 
 
+COMPILE_OPTIONS: dict[str, Any] = {
+    # The gradients of all small parameters are joined within the kernel that uses them.
+    "max_pointwise_cat_inputs": 256,
+}
+"""Options of the compiler; those that this version of PyTorch lacks are left out."""
+
+
 def compile_apart(function: Callable, backend: str = "inductor") -> Callable:
     """`torch.compile` of a function with a code object of its own.
 
@@ -388,7 +396,11 @@ def compile_apart(function: Callable, backend: str = "inductor") -> Callable:
         function.__closure__,
     )
     apart.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(apart, fullgraph=True, dynamic=False, backend=backend)
+    options = {}
+    if backend == "inductor":
+        known = torch._inductor.config.get_config_copy()
+        options = {name: value for name, value in COMPILE_OPTIONS.items() if name in known}
+    return torch.compile(apart, fullgraph=True, dynamic=False, backend=backend, options=options or None)
 
 
 def _keep_compiled_code() -> None:

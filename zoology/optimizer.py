@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 LARGE = 1 << 16
-"""Parameters of this many elements are updated from their own gradient; copying it first would cost more."""
+"""Parameters of this many elements get a vector of their own: joining their gradients to others would cost more."""
 
 ALIGNMENT = 64  # elements; matrix products want 16-byte aligned operands
 
@@ -32,7 +33,7 @@ class Vectors(NamedTuple):
 
 def adamw_update(
     vectors: Sequence[Vectors],
-    grads: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor]],
     scalars: Tensor,
     *,
     betas: tuple[float, float],
@@ -42,11 +43,11 @@ def adamw_update(
 ) -> None:
     """One step of AdamW (arXiv:1711.05101, algorithm 2) in place, the decay scaled by the learning rate as in PyTorch.
 
-    scalars [3]: learning rate, 1 / (1 - beta1^t), (1 - beta2^t)^(-1/2). `clip_norm` scales gradients whose joint norm
-    exceeds it, as `torch.nn.utils.clip_grad_norm_` does.
+    grads: those of each vector's parameters. scalars [3]: learning rate, 1 / (1 - beta1^t), (1 - beta2^t)^(-1/2).
+    `clip_norm` scales gradients whose joint norm exceeds it, as `torch.nn.utils.clip_grad_norm_` does.
     """
     lr, correction1, correction2 = scalars.unbind()
-    grads = [grad.reshape(-1).float() for grad in grads]
+    grads = [_joined(group) for group in grads]
     if clip_norm is not None:
         norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
         scale = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -68,7 +69,7 @@ class FlatAdamW:
         low_precision: the dtype of the linear layers' parameters, or None to leave them in float32.
 
     `step(grads, scalars)` takes gradients in the order of `names`; `parameters` are what to differentiate by. Who
-    wants the update inside a larger function calls `adamw_update(vectors, gather(grads), scalars, **options)`.
+    wants the update inside a larger function calls `adamw_update(vectors, group(grads), scalars, **options)`.
     """
 
     def __init__(
@@ -102,8 +103,6 @@ class FlatAdamW:
                 found[name].data = self.masters[name]
         now = dict(model.named_parameters())
         self.parameters = [now[name] for name in names]
-        self._gradient = torch.zeros_like(self.vectors[0].master) if small else None
-        self._gradient_views = list(self._views(self._gradient, small, found).values()) if small else []
         self._order = {name: index for index, name in enumerate(self.names)}
         self.options = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "clip_norm": clip_norm}
 
@@ -133,18 +132,11 @@ class FlatAdamW:
 
     def step(self, grads: Sequence[Tensor], scalars: Tensor) -> None:
         """Update the weights; `scalars` [3] on the device, from `scalars_at`."""
-        adamw_update(self.vectors, self.gather(grads), scalars, **self.options)
+        adamw_update(self.vectors, self.group(grads), scalars, **self.options)
 
-    def gather(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """The gradient of each vector: those of small parameters copied into one, the others as they are."""
-        gathered = []
-        for group in self._groups:
-            of_group = [grads[self._order[name]] for name in group]
-            if self._gradient is not None and not gathered:
-                torch._foreach_copy_(self._gradient_views, of_group)
-                of_group = [self._gradient]
-            gathered += of_group
-        return gathered
+    def group(self, grads: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The gradients by vector, as `adamw_update` wants them."""
+        return [[grads[self._order[name]] for name in group] for group in self._groups]
 
     def scalars_at(self, step: int, lr: float) -> tuple[float, float, float]:
         """What `step` needs to know at the 1-based step number `step`, computed in float64."""
@@ -178,6 +170,13 @@ class FlatAdamW:
                 tensor.copy_(value)
             if vectors.copy is not None:
                 vectors.copy.copy_(vectors.master)
+
+
+def _joined(grads: Sequence[Tensor]) -> Tensor:
+    """Gradients of the parameters of one vector in its layout, [n] float32."""
+    *others, last = [grad.reshape(-1).float() for grad in grads]
+    padded = [F.pad(grad, (0, _padded(len(grad)) - len(grad))) for grad in others]
+    return torch.cat([*padded, last]) if padded else last
 
 
 def _padded(size: int) -> int:

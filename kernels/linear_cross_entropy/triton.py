@@ -35,6 +35,7 @@ def _row_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     EVEN: tl.constexpr,
+    PREC: tl.constexpr,
 ):
     """Of BM rows and one part of the vocabulary: max, sum of 2^(s - max) and sum of 2^(s - max) w; s in base 2."""
     i_m, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -49,14 +50,14 @@ def _row_kernel(
         o_n = start + tl.arange(0, BN)
         m_w = (o_n[:, None] >= 0) & (o_d < D)[None, :] if EVEN else (o_n < V)[:, None] & (o_d < D)[None, :]
         b_w = tl.load(w + o_n[:, None] * D + o_d[None, :], mask=m_w, other=0.0)  # [BN, DP]
-        b_s = tl.dot(b_h, tl.trans(b_w))  # [BM, BN]
+        b_s = tl.dot(b_h, tl.trans(b_w), input_precision=PREC)  # [BM, BN]
         if not EVEN:
             b_s = tl.where((o_n < V)[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * LOG2E)
         b_p = tl.exp2(b_s * LOG2E - b_new[:, None])
         b_scale = tl.exp2(b_max - b_new)
         b_sum = b_sum * b_scale + tl.sum(b_p, 1)
-        b_acc = tl.dot(b_p.to(b_w.dtype), b_w, b_acc * b_scale[:, None])
+        b_acc = tl.dot(b_p.to(b_w.dtype), b_w, b_acc * b_scale[:, None], input_precision=PREC)
         b_max = b_new
     row = i_s * N + o_m
     tl.store(maxima + row, b_max, mask=m_m)
@@ -127,6 +128,7 @@ def _weight_kernel(
     DP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    PREC: tl.constexpr,
 ):
     """dW of BM symbols from one part of the rows: sum_n (2^(s - logsumexp) - onehot) h, times the rows' share."""
     i_m, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -135,17 +137,43 @@ def _weight_kernel(
     m_md = (o_m < V)[:, None] & (o_d < D)[None, :]
     b_w = tl.load(w + o_m[:, None] * D + o_d[None, :], mask=m_md, other=0.0)  # [BM, DP]
     b_acc = tl.zeros([BM, DP], tl.float32)
-    for start in range(i_s * PART, tl.minimum((i_s + 1) * PART, N), BN):
+    first, last = i_s * PART, tl.minimum((i_s + 1) * PART, N)
+    o_n = first + tl.arange(0, BN)
+    b_log = tl.load(log_sums + o_n, mask=o_n < N, other=float("inf"))
+    b_t = tl.load(targets + o_n, mask=o_n < N, other=-1).to(tl.int32)
+    for start in range(first, last, BN):
         o_n = start + tl.arange(0, BN)
-        m_n = o_n < N
-        b_h = tl.load(h + o_n[:, None] * D + o_d[None, :], mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
-        b_log = tl.load(log_sums + o_n, mask=m_n, other=float("inf"))
-        b_t = tl.load(targets + o_n, mask=m_n, other=-1)
-        b_s = tl.dot(b_w, tl.trans(b_h))  # [BM, BN]
-        b_p = tl.exp2(b_s * LOG2E - b_log[None, :]) - (o_m[:, None] == b_t[None, :]).to(tl.float32)
-        b_acc = tl.dot(b_p.to(b_h.dtype), b_h, b_acc)
+        # Too few bytes for the compiler to fetch ahead: the next block's are asked for before this one is computed.
+        o_next = o_n + BN
+        b_next_log = tl.load(log_sums + o_next, mask=o_next < N, other=float("inf"))
+        b_next_t = tl.load(targets + o_next, mask=o_next < N, other=-1).to(tl.int32)
+        b_h = tl.load(h + o_n[:, None] * D + o_d[None, :], mask=(o_n < N)[:, None] & (o_d < D)[None, :], other=0.0)
+        b_s = tl.dot(b_w, tl.trans(b_h), input_precision=PREC)  # [BM, BN]
+        b_p = tl.exp2(b_s * LOG2E - b_log[None, :]) - (o_m.to(tl.int32)[:, None] == b_t[None, :]).to(tl.float32)
+        b_acc = tl.dot(b_p.to(b_h.dtype), b_h, b_acc, input_precision=PREC)
+        b_log, b_t = b_next_log, b_next_t
     b_acc *= tl.load(share)
     tl.store(dw + (i_s * V + o_m)[:, None] * D + o_d[None, :], b_acc.to(dw.dtype.element_ty), mask=m_md)
+
+
+@triton.jit
+def _share_kernel(targets, share, N, IGNORE, BN: tl.constexpr):
+    """1 / the number of rows that count."""
+    b_count = tl.zeros([BN], tl.float32)
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        b_count += (tl.load(targets + o_n, mask=o_n < N, other=IGNORE) != IGNORE).to(tl.float32)
+    tl.store(share, 1.0 / tl.sum(b_count, 0))
+
+
+@triton.jit
+def _mean_kernel(losses, share, mean, N, BN: tl.constexpr):
+    """The losses' sum times the share: one program, so that the order of the sum is fixed."""
+    b_sum = tl.zeros([BN], tl.float32)
+    for start in range(0, N, BN):
+        o_n = start + tl.arange(0, BN)
+        b_sum += tl.load(losses + o_n, mask=o_n < N, other=0.0)
+    tl.store(mean, tl.sum(b_sum, 0) * tl.load(share))
 
 
 @triton.jit
@@ -196,8 +224,10 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-def choose_launches(width: int, rows: int) -> tuple[Launch, Launch]:
+def choose_launches(width: int, rows: int, element_size: int) -> tuple[Launch, Launch]:
     """For `_row_kernel` and `_weight_kernel` at D = `width` (padded) and N = `rows`."""
+    if element_size > 2:
+        return Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)
     if width > 128:
         return Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)
     if rows <= 4096:
@@ -230,8 +260,10 @@ def linear_cross_entropy_triton(
     hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
     (n, d), v, device = hidden.shape, weight.shape[0], hidden.device
     dp = max(16, triton.next_power_of_2(d))
-    by_row, by_symbol = launches or choose_launches(dp, n)
-    share = (targets != ignore_index).sum().to(torch.float32).reciprocal()
+    by_row, by_symbol = launches or choose_launches(dp, n, hidden.element_size())
+    prec = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    share, mean = (torch.empty((), device=device) for _ in range(2))
+    _share_kernel[(1,)](targets, share, n, ignore_index, 1024)
 
     parts, length = cut(v, by_row.BN, triton.cdiv(n, by_row.BM), device, most=16)
     maxima, sums = (torch.empty(parts, n, device=device) for _ in range(2))
@@ -240,7 +272,7 @@ def linear_cross_entropy_triton(
     grid = (triton.cdiv(n, by_row.BM), parts)
     even = v % by_row.BN == 0
     _row_kernel[grid](
-        hidden, weight, maxima, sums, products, n, v, length, d, dp, by_row.BM, by_row.BN, even, **options
+        hidden, weight, maxima, sums, products, n, v, length, d, dp, by_row.BM, by_row.BN, even, prec, **options
     )
     losses, log_sums = (torch.empty(n, device=device) for _ in range(2))
     dhidden = torch.empty_like(hidden)
@@ -269,7 +301,22 @@ def linear_cross_entropy_triton(
     options = {"num_warps": by_symbol.num_warps, "num_stages": by_symbol.num_stages}
     grid = (triton.cdiv(v, by_symbol.BM), parts)
     _weight_kernel[grid](
-        hidden, weight, targets, log_sums, share, dweight, n, v, length, d, dp, by_symbol.BM, by_symbol.BN, **options
+        hidden,
+        weight,
+        targets,
+        log_sums,
+        share,
+        dweight,
+        n,
+        v,
+        length,
+        d,
+        dp,
+        by_symbol.BM,
+        by_symbol.BN,
+        prec,
+        **options,
     )
+    _mean_kernel[(1,)](losses, share, mean, n, 1024)
     dweight = dweight[0] if parts == 1 else dweight.sum(0).to(weight_dtype)
-    return losses.sum() * share, dhidden, dweight
+    return mean, dhidden, dweight

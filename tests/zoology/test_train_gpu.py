@@ -176,7 +176,7 @@ def test_the_end_of_a_step_is_one_graph():
         losses, counter = torch.zeros(2), torch.ones(1, dtype=torch.int64)
         finish = finish_step if backend is None else compile_apart(finish_step, backend=backend)
         tables = (scalars, losses, counter)
-        finish(optimizer.vectors, optimizer.gather(grads), *tables, torch.tensor(3.0), **optimizer.options)
+        finish(optimizer.vectors, optimizer.group(grads), *tables, torch.tensor(3.0), **optimizer.options)
         results.append([*optimizer.vectors[0], *optimizer.vectors[1], losses])
         assert counter.tolist() == [2]
         assert losses.tolist() == [0.0, 3.0]
