@@ -46,6 +46,7 @@ class InProcessEngine:
     """
 
     slots = 1
+    built = None
 
     def __init__(self, directory, script=None):
         self.setup = worker.Setup("cpu", 1, str(directory), (), None, None)
@@ -59,7 +60,7 @@ class InProcessEngine:
     def free(self):
         return 0 if self.busy else 1
 
-    def start(self, run_id, config_json):
+    def start(self, run_id, point_id, config_json):
         self.busy = True
         self.started.append(run_id)
         self.events.append(Started(run_id, 0))
@@ -163,7 +164,7 @@ def made_up_record(config, accuracy, *, validation=None, seconds=60.0):
                 "task": part.task.config(),
                 "seq_len": part.task.seq_len,
                 "required_bits": part.task.required_bits(),
-                "answers": part.task.num_questions,
+                "answers": getattr(part.task, "num_questions", None),
                 "validation": score[part.label] | {"accuracy": scores[0][part.label]},
                 "test": score[part.label] | {"accuracy": scores[1][part.label]},
                 "baselines": {},

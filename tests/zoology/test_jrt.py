@@ -1,0 +1,225 @@
+"""The experiments of "Just read twice", their figures and their notebook, on records that are made up."""
+
+from pathlib import Path
+
+import matplotlib.colors
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+from zoology import plots_jrt, results
+from zoology.runner import plan
+from zoology.runner.driver import run_sweep
+from zoology.runner.store import to_json, write_atomically
+
+ROOT = Path(__file__).parents[2]
+ORDER, PROMPT = ROOT / "experiments" / "jrt_set_disjointness.py", ROOT / "experiments" / "jrt_prompt.py"
+
+
+def order_accuracy(run, first, second):
+    """Made up: the causal model loses .2 when the long set comes first and gains with its state; the other does not."""
+    if run.architecture == "prefix_linear_attention":
+        return 0.9
+    return (0.7 if first < second else 0.5) + 0.01 * run.model.layers[1].options["feature_dim"]
+
+
+def passes_accuracy(run):
+    return 0.5 + 0.1 * run.data.test[0].task.num_passes + 0.01 * run.model.layers[1].options.get("feature_dim", 0)
+
+
+def order_accuracies(run):
+    return {part.label: order_accuracy(run, part.task.first_size, part.task.second_size) for part in run.data.test}
+
+
+@pytest.fixture(scope="module")
+def order_records(make_record):
+    return [make_record(run, order_accuracies(run)) for run in plan.load_sweep(ORDER, "laptop")]
+
+
+@pytest.fixture(scope="module")
+def passes_records(make_record):
+    return [make_record(run, passes_accuracy(run)) for run in plan.load_sweep(PROMPT, "laptop")]
+
+
+# -- experiments ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", plan.SCALES)
+def test_both_orders_are_trained_and_tested_at_equal_state(scale):
+    runs = plan.load_sweep(ORDER, scale)
+    assert len({run.run_id for run in runs}) == len(runs)
+    for run in runs:
+        for parts in (run.data.train, run.data.test):
+            sizes = [(part.task.first_size, part.task.second_size) for part in parts]
+            assert len(set(sizes)) == len(sizes)
+            assert scale == "laptop" or set(sizes) == {pair[::-1] for pair in sizes}
+        tested = {(part.task.first_size, part.task.second_size) for part in run.data.test}
+        assert tested == {pair[::-1] for pair in tested}
+    grids = {
+        name: sorted(
+            (run.model.d_model, run.model.layers[1].options["feature_dim"], run.train.lr, run.seed)
+            for run in runs
+            if run.architecture == name
+        )
+        for name in ("based", "prefix_linear_attention")
+    }
+    assert grids["based"] == grids["prefix_linear_attention"] != []
+    assert {run.architecture for run in runs} == set(grids)
+
+
+def test_the_paper_scale_is_the_published_protocol():
+    runs = plan.load_sweep(ORDER, "paper")
+    assert len(runs) == 5 * 4 * 2 * 3 * 2
+    data = runs[0].data
+    sizes = [(part.task.first_size, part.task.second_size) for part in data.train]
+    assert sizes == [
+        (4, 16), (16, 4), (8, 32), (32, 8), (16, 64), (64, 16),
+        (4, 128), (128, 4), (16, 256), (256, 16), (4, 256), (256, 4),
+    ]  # fmt: skip
+    assert {part.num_examples for part in data.train} == {20_000}
+    assert {part.num_examples for part in data.test} == {1000}
+    assert max(part.task.first_size for part in data.test) == 768
+    assert len(data.test) == 20
+    assert (data.batch_size, runs[0].train.epochs) == (128, 48)
+    assert (runs[0].model.n_layers, runs[0].model.vocab_size) == (4, 2048)
+    assert {run.train.lr for run in runs} == {1e-4, 5e-4, 8e-4}
+    assert {run.model.layers[1].options["num_heads"] for run in runs} == {2}
+
+
+@pytest.mark.parametrize("scale", plan.SCALES)
+def test_every_causal_model_reads_one_to_three_times_the_same_questions(scale):
+    runs = plan.load_sweep(PROMPT, scale)
+    assert len({run.run_id for run in runs}) == len(runs)
+    models = {}
+    for run in runs:
+        (number,) = {part.task.num_passes for part in (*run.data.train, *run.data.test)}
+        inner = tuple(part.task.task for part in (*run.data.train, *run.data.test))
+        models.setdefault((run.architecture, run.model.model_dump_json(), run.train.lr, inner), []).append(number)
+    for (name, *_), numbers in models.items():
+        assert numbers == ([1] if name == "prefix_linear_attention" else [1, 2, 3])
+    asked = {type(part.task.task).__name__ for run in runs for part in run.data.test}
+    assert asked == {"MQAR", "SetDisjointness"}
+
+
+@pytest.mark.parametrize("path", [ORDER, PROMPT], ids=lambda path: path.stem)
+def test_smoke_runs_and_is_drawn(path, tmp_path, in_process_engine, watcher):
+    planned = plan.make_plan(plan.load_sweep(path, "smoke"), "cpu")
+    outcome = run_sweep(planned, in_process_engine(tmp_path), tmp_path, watcher, total=len(planned))
+    assert not outcome.failures
+    assert len(outcome.records) == len(planned)
+    assert plots_jrt.main([str(tmp_path)]) == 0
+    (figure,) = tmp_path.glob("*.png")
+    assert figure.stem == {"jrt_prompt": "passes", "jrt_set_disjointness": "order"}[path.stem]
+
+
+# -- tables and figures -----------------------------------------------------------------------------------
+
+
+def test_the_order_table_has_what_was_put_in(order_records):
+    table = plots_jrt.order_table(results.from_records(order_records))
+    assert set(zip(table["short"], table["long"])) == {(2, 12), (2, 64)}
+    causal = table[table["architecture"] == "based"]
+    widths = causal["point"].str.extract(r"feature_dim=(\d+)")[0].astype(int)
+    np.testing.assert_allclose(causal[plots_jrt.SHORT_FIRST], 0.7 + 0.01 * widths)
+    np.testing.assert_allclose(causal[plots_jrt.LONG_FIRST], 0.5 + 0.01 * widths)
+    np.testing.assert_allclose(causal["difference"], 0.2)
+    np.testing.assert_allclose(table[table["architecture"] != "based"]["difference"], 0, atol=1e-12)
+
+
+def lines_of(axis):
+    """(colour, filled, x, y) of every line that has markers."""
+    return [
+        (line.get_color(), line.get_markerfacecolor() != "white", list(line.get_xdata()), list(line.get_ydata()))
+        for line in axis.lines
+        if line.get_marker() not in ("None", "", None)
+    ]
+
+
+def test_the_order_figure_draws_it(order_records):
+    frame = results.from_records(order_records)
+    figure = plots_jrt.order(frame)
+    looks = plots_jrt.plot.styles(plots_jrt.plot.by_name(frame))
+    assert len({matplotlib.colors.to_hex(look.color) for look in looks.values()}) == 2
+    states = sorted(frame["state_bytes"].unique())
+    assert [axis.get_title() for axis in figure.axes] == ["sets of 2 and 12", "sets of 2 and 64"]
+    for axis in figure.axes:
+        drawn = {(colour, filled): (x, y) for colour, filled, x, y in lines_of(axis)}
+        based, prefix = looks["based"].color, looks["prefix_linear_attention"].color
+        assert set(drawn) == {(colour, filled) for colour in (based, prefix) for filled in (True, False)}
+        assert all(x == states for x, _ in drawn.values())
+        np.testing.assert_allclose(np.subtract(drawn[based, True][1], drawn[based, False][1]), 0.2)
+        np.testing.assert_allclose(drawn[prefix, True][1], 0.9)
+        (guess,) = [line for line in axis.lines if line.get_linestyle() == ":"]
+        assert set(guess.get_ydata()) == {0.5}
+
+
+def test_the_passes_table_and_figure_have_what_was_put_in(passes_records):
+    frame = results.from_records(passes_records)
+    table = plots_jrt.passes_table(frame).set_index(["question", "architecture", "point"])
+    questions = {"mqar, 8 pairs", "sets of 2, then 24", "sets of 24, then 2"}
+    assert set(table.index.get_level_values("question")) == questions
+    for question in questions:
+        row = table.loc[question, "based", "d_model=32 feature_dim=4"]
+        np.testing.assert_allclose(row[["1 pass", "2 passes", "3 passes"]].astype(float), [0.64, 0.74, 0.84])
+        prefix = table.loc[question, "prefix_linear_attention", "d_model=32 feature_dim=1"]
+        assert prefix["1 pass"] == pytest.approx(0.61)
+        assert np.isnan(prefix["2 passes"])
+    figure = plots_jrt.passes(frame)
+    look = plots_jrt.plot.styles(plots_jrt.plot.by_name(frame))["based"]
+    for axis in figure.axes:
+        curves = sorted(y for colour, _, x, y in lines_of(axis) if colour == look.color and x == [1, 2, 3])
+        np.testing.assert_allclose(curves, [[0.61, 0.71, 0.81], [0.64, 0.74, 0.84]])
+
+
+def test_the_selected_learning_rate_is_drawn(make_record):
+    """Of several rates the one best on validation counts, though here the others are better on test."""
+    runs = [run for run in plan.load_sweep(ORDER, "paper") if run.model.d_model == 36 and run.seed == 0]
+    records = [
+        make_record(run, order_accuracies(run), validation=0.9)
+        if run.train.lr == 5e-4
+        else make_record(run, 0.99, validation=0.5)
+        for run in runs
+    ]
+    table = plots_jrt.order_table(results.from_records(records))
+    assert len(table) == 2 * 4 * 10
+    np.testing.assert_allclose(table[table["architecture"] == "based"]["difference"], 0.2)
+
+
+def test_what_cannot_be_drawn_is_said(order_records, passes_records, results_directory, tmp_path, capsys):
+    by_order, by_passes = results.from_records(order_records), results.from_records(passes_records)
+    with pytest.raises(ValueError, match="must have some, num_passes=1 among them"):
+        plots_jrt.passes(by_order)
+    with pytest.raises(ValueError, match="must have set disjointness slices of both"):
+        plots_jrt.order(by_passes)
+    one_order = by_order[[options["first_size"] == 2 for options in by_order["task_options"]]]
+    with pytest.raises(ValueError, match="no pair of set sizes was tested in both orders"):
+        plots_jrt.order_table(one_order)
+    assert plots_jrt.main([str(results_directory), "--out", str(tmp_path)]) == 2
+    assert "neither set disjointness nor jrt_prompt" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- notebook ---------------------------------------------------------------------------------------------
+
+
+def write(records, directory):
+    for record in records:
+        folder = directory / record["run_id"]
+        folder.mkdir(parents=True)
+        write_atomically(folder / "config.json", to_json(record["config"]))
+        write_atomically(folder / "result.json", to_json(record))
+    return directory
+
+
+def test_the_notebook_draws_both_figures(order_records, passes_records, tmp_path, monkeypatch):
+    monkeypatch.setenv("ZOOLOGY_JRT_ORDER", str(write(order_records, tmp_path / "order")))
+    monkeypatch.setenv("ZOOLOGY_JRT_PASSES", str(write(passes_records, tmp_path / "passes")))
+    notebook = nbformat.read(ROOT / "notebooks" / "jrt.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    for figure in (outputs[1], outputs[3]):
+        assert len(figure[0]["data"]["image/png"]) > 20_000
+    order, passes = (outputs[index][0]["data"]["text/plain"] for index in (2, 4))
+    assert all(word in order for word in ("short set first", "long set first", "difference"))
+    assert all(word in passes for word in ("1 pass", "2 passes", "3 passes", "sets of 24, then 2", "mqar, 8 pairs"))
