@@ -68,7 +68,8 @@ def check(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch
 
     `seq_len` 1 stands for decoding: prefill, then single steps, without gradients. The case has its own parameters,
     those of `mixer` moved at random, and its own random numbers: neither the mixer nor a global generator changes.
-    A backend that raises has failed. Results are kept by architecture, backend, shapes and options, dtype and device.
+    For a mixer that takes one, half of the case is a prefix. A backend that raises has failed. Results are kept by
+    architecture, backend, shapes and options, dtype and device.
     """
     key = _key(mixer, backend, device, dtype, seq_len)
     if key not in _results:
@@ -150,6 +151,7 @@ class _Case:
                 parameter.add_((PERTURBATION * draw(parameter.shape)).to(parameter))
         length = min(LENGTH, 16 if self.decode else seq_len)
         shape = (BATCH, length, mixer.d_model)
+        self.prefix = {"prefix_length": length // 2} if mixer.takes_prefix else {}
         # Rounded once, so that every precision starts from the same numbers.
         self.x = draw(shape).to(self.kept if self.autocast else dtype).to(device)
         self.direction = draw(shape).to(self.home)
@@ -166,7 +168,7 @@ class _Case:
         with torch.autocast(device.type, dtype if autocast else torch.bfloat16, enabled=autocast):
             if self.decode or unroll:
                 return self._at_home(self._decode(twin, x, x.shape[1] if unroll else DECODED)), {}
-            y = twin(x)
+            y = twin(x, **self.prefix)
         y = self._at_home(y)
         (y * self.direction).sum().backward()
         named = {"x": x, **dict(twin.named_parameters())}
@@ -180,8 +182,9 @@ class _Case:
     def _decode(self, twin: SequenceMixer, x: Tensor, steps: int) -> Tensor:
         """Outputs for x [B, T, D], the last `steps` of them from single steps and those before from `prefill`."""
         state, outputs = twin.init_state(BATCH, x.shape[1], device=x.device), []
+        steps = min(steps, x.shape[1] - self.prefix.get("prefix_length", 0))
         if steps < x.shape[1]:
-            y, state = twin.prefill(x[:, : x.shape[1] - steps], state)
+            y, state = twin.prefill(x[:, : x.shape[1] - steps], state, **self.prefix)
             outputs.append(y)
         for token in x[:, x.shape[1] - steps :].unbind(1):
             y, state = twin.step(token, state)

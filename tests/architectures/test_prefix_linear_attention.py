@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import architectures
+from architectures import parity
 from architectures.mixer import clone_state
 
 WIDTH, F_DIM, HEADS, LENGTH, PREFIX = 8, 3, 2, 11, 5
@@ -135,3 +136,21 @@ def test_a_prefix_comes_first_and_whole():
     for bad in (-1, 2.0, True):
         with pytest.raises(ValueError, match="must be a whole number >= 0"):
             built(x, prefix_length=bad)
+
+
+@pytest.mark.parametrize("seq_len", [1, 40])
+def test_parity_is_checked_behind_a_prefix(seq_len):
+    """What a parity check compares moves with the projections that only a prefix reads."""
+    built, device = mixer(), torch.device("cpu")
+    changed = mixer()
+    with torch.no_grad():
+        changed.prefix_v_proj.weight.add_(1)
+    outputs, gradients = zip(
+        *(
+            parity._Case(each, device, torch.float32, seq_len).run("reference", torch.float64)
+            for each in (built, changed)
+        )
+    )
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+    assert all(g["prefix_k_proj.weight"].abs().max() > 1e-3 for g in gradients if g)
+    assert parity.check(built, "reference", device, torch.float32, seq_len).passed
