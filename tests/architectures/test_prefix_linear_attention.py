@@ -145,12 +145,9 @@ def test_parity_is_checked_behind_a_prefix(seq_len):
     changed = mixer()
     with torch.no_grad():
         changed.prefix_v_proj.weight.add_(1)
-    outputs, gradients = zip(
-        *(
-            parity._Case(each, device, torch.float32, seq_len).run("reference", torch.float64)
-            for each in (built, changed)
-        )
-    )
+    cases = [parity._Case(each, device, torch.float32, seq_len) for each in (built, changed)]
+    outputs, gradients = zip(*(case.run("reference", torch.float64) for case in cases))
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
-    assert all(g["prefix_k_proj.weight"].abs().max() > 1e-3 for g in gradients if g)
+    reached = [bool(g["prefix_k_proj.weight"].abs().max() > 1e-3) for g in gradients if g]
+    assert reached == ([True, True] if seq_len > 1 else [])  # decoding is compared without gradients
     assert parity.check(built, "reference", device, torch.float32, seq_len).passed
