@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from zoology.runner.worker import Failure, Setup, serve
 
+LEAVE_SECONDS = 5.0
 START_SECONDS = 300.0  # importing torch from a cold network disk takes minutes, a hang takes for ever
 
 
@@ -74,11 +75,18 @@ class LocalEngine:
         """How many more runs can be started now."""
         return sum(worker.run_id is None for worker in self._workers)
 
-    def start(self, run_id: str, config_json: str) -> None:
-        """Give a run to a free worker."""
-        # A worker that lives is preferred to one that has yet to import torch.
-        worker = min((w for w in self._workers if w.run_id is None), key=lambda w: not w.alive)
-        worker.start(run_id, config_json)
+    @property
+    def built(self) -> set[str] | None:
+        """Points whose training step a free worker has compiled and need not compile again; None without a GPU."""
+        if not any(worker.setup.device.startswith("cuda") for worker in self._workers):
+            return None
+        return {worker.point_id for worker in self._workers if worker.run_id is None and worker.alive}
+
+    def start(self, run_id: str, point_id: str, config_json: str) -> None:
+        """Give a run to a free worker: one that has built its model, or at least has imported torch."""
+        free = [worker for worker in self._workers if worker.run_id is None]
+        worker = min(free, key=lambda worker: (worker.point_id != point_id, not worker.alive))
+        worker.start(run_id, point_id, config_json)
 
     def poll(self, timeout: float) -> list[Event]:
         """What happened, after waiting for at most `timeout` seconds for something to happen."""
@@ -105,7 +113,13 @@ class LocalEngine:
         return [worker.process.pid for worker in self._workers if worker.alive]
 
     def stop(self) -> None:
-        """End all workers at once; runs in progress are lost."""
+        """End all workers; runs in progress are cut off."""
+        idle = [worker for worker in self._workers if worker.alive and worker.run_id is None]
+        for worker in idle:
+            worker.connection.close()  # it returns from its main loop, and cleans up what it started
+        limit = time.monotonic() + LEAVE_SECONDS
+        for worker in idle:
+            worker.process.join(max(0.0, limit - time.monotonic()))
         for worker in self._workers:
             worker.kill()
 
@@ -118,6 +132,7 @@ class _Worker:
         self.setup = setup
         self.timeout = timeout
         self.run_id: str | None = None
+        self.point_id: str | None = None  # of its latest run
         self.deadline: float | None = None
         self.process: Any = None
         self.connection: Any = None
@@ -128,12 +143,12 @@ class _Worker:
     def alive(self) -> bool:
         return self.process is not None and self.process.is_alive()
 
-    def start(self, run_id: str, config_json: str) -> None:
-        self.run_id = run_id
-        self.deadline = time.monotonic() + START_SECONDS
-        self._log_start = self.log.stat().st_size if self.log.exists() else 0
+    def start(self, run_id: str, point_id: str, config_json: str) -> None:
         if not self.alive:
             self._spawn()
+        self.run_id, self.point_id = run_id, point_id
+        self.deadline = time.monotonic() + START_SECONDS
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
         # If it died just now, `events` will see that.
         with suppress(OSError):
             self.connection.send((run_id, config_json))
@@ -209,7 +224,7 @@ class _Worker:
             self.process.join()
             self.process.close()
             self.connection.close()
-        self.process = self.connection = None
+        self.process = self.connection = self.point_id = None
 
 
 @contextmanager

@@ -70,7 +70,12 @@ class RayEngine:
         """How many more runs can be started now."""
         return max(0, self.slots - len(self._refs))
 
-    def start(self, run_id: str, config_json: str) -> None:
+    @property
+    def built(self) -> None:
+        """Which worker gets a run is Ray's choice, so no point is preferred."""
+        return None
+
+    def start(self, run_id: str, point_id: str, config_json: str) -> None:
         """Hand a run to the cluster."""
         device = "cuda:0" if self._on_gpu else "cpu"  # Ray shows a task the GPU it was given as its only one
         ref = self._task.remote(self._mailbox, self._setup._replace(device=device), self._files, run_id, config_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -35,7 +35,9 @@ class Engine(Protocol):
     slots: int
     free: int
 
-    def start(self, run_id: str, config_json: str) -> None: ...
+    @property
+    def built(self) -> Collection[str] | None: ...
+    def start(self, run_id: str, point_id: str, config_json: str) -> None: ...
     def poll(self, timeout: float) -> list[Event]: ...
     def stop(self) -> None: ...
 
@@ -199,11 +201,24 @@ class _Sweep:
             if (reason := stop()) is not None:
                 return reason
             while progress.pending and self.engine.free:
-                self._start(progress.pending.popleft())
+                self._start(self._next())
             for event in self.engine.poll(0.2):
                 self._handle(event)
             self.view.tick()
         return Exit.DONE
+
+    def _next(self) -> PlannedRun:
+        """The longest run; where models are compiled, of one a free worker has, else of one nobody is at work on."""
+        pending, built = self.progress.pending, self.engine.built
+        if built is None:
+            return pending.popleft()
+        at_work = {active.run.point_id for active in self.progress.active.values()}
+        here = (index for index, run in enumerate(pending) if run.point_id in built)
+        elsewhere = (index for index, run in enumerate(pending) if run.point_id not in at_work)
+        index = next(here, next(elsewhere, 0))
+        run = pending[index]
+        del pending[index]
+        return run
 
     def _start(self, run: PlannedRun) -> None:
         folder = store.RunFolder(self.directory, run.run_id)
@@ -213,7 +228,7 @@ class _Sweep:
         except OSError as error:
             self._fail(run.run_id, Failure("error", f"cannot write its files: {error}"))
             return
-        self.engine.start(run.run_id, run.config.model_dump_json())
+        self.engine.start(run.run_id, run.point_id, run.config.model_dump_json())
 
     def _handle(self, event: Event) -> None:
         active = self.progress.active[event.run_id]
@@ -252,7 +267,7 @@ class _Sweep:
         active.attempt += 1
         active.epoch, active.worker, active.since = None, None, time.monotonic()
         active.folder.restart()
-        self.engine.start(active.run.run_id, active.run.config.model_dump_json())
+        self.engine.start(active.run.run_id, active.run.point_id, active.run.config.model_dump_json())
 
     def _fail(self, run_id: str, failure: Failure) -> None:
         active = self.progress.active[run_id]
