@@ -189,7 +189,7 @@ class StaticLoop:
             clip_norm=self.config.train.clip_norm,
             low_precision=torch.bfloat16 if self.precision == "bf16" else None,
         )
-        self._finish = compile_apart(finish_step) if self.compiled else finish_step
+        self._finish = compile_apart(finish_step, FINISH_OPTIONS) if self.compiled else finish_step
         self.head = self.optimizer.copies.get("embedding.weight")
         self.pool = torch.cuda.graph_pool_handle() if self.captured else None
         self._steps = [
@@ -236,7 +236,7 @@ class StaticLoop:
                 self.config.train.masked_prefix,
             )
 
-        compute = compile_apart(loss_of_batch) if self.compiled else loss_of_batch
+        compute = compile_apart(loss_of_batch, COMPILE_OPTIONS) if self.compiled else loss_of_batch
 
         def step() -> None:
             loss = compute(*resident, self.order, self.counter, self.head)
@@ -374,14 +374,14 @@ class Evaluation:
         return summarise(self.accuracies[: self.number])
 
 
-COMPILE_OPTIONS: dict[str, Any] = {
-    # The gradients of all small parameters are joined within the kernel that uses them.
-    "max_pointwise_cat_inputs": 256,
-}
-"""Options of the compiler; those that this version of PyTorch lacks are left out."""
+COMPILE_OPTIONS: dict[str, Any] = {}
+"""Options of the compiler for a loss; those that this version of PyTorch lacks are left out."""
+
+FINISH_OPTIONS: dict[str, Any] = {"force_pointwise_cat": True}
+"""For the end of a step: gradients are joined within the kernel that uses them."""
 
 
-def compile_apart(function: Callable, backend: str = "inductor") -> Callable:
+def compile_apart(function: Callable, options: dict[str, Any] | None = None, backend: str = "inductor") -> Callable:
     """`torch.compile` of a function with a code object of its own.
 
     PyTorch keeps compiled variants by code object and gives up on one that has many: here each model and shape is
@@ -396,10 +396,9 @@ def compile_apart(function: Callable, backend: str = "inductor") -> Callable:
         function.__closure__,
     )
     apart.__kwdefaults__ = function.__kwdefaults__
-    options = {}
     if backend == "inductor":
         known = torch._inductor.config.get_config_copy()
-        options = {name: value for name, value in COMPILE_OPTIONS.items() if name in known}
+        options = {name: value for name, value in (options or {}).items() if name in known}
     return torch.compile(apart, fullgraph=True, dynamic=False, backend=backend, options=options or None)
 
 
