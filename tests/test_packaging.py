@@ -63,8 +63,14 @@ def test_imports_go_one_way(package):
 @pytest.mark.parametrize("package", ["kernels", "architectures"])
 def test_the_lower_floors_need_torch_and_what_a_backend_brings(package):
     allowed = ALLOWED[package] | set(HOUSE[: HOUSE.index(package) + 1]) | set(sys.stdlib_module_names)
-    found = [(path, line, module) for path in files(package) for module, line, _ in imports(path)]
-    assert [f"{path}:{line} imports {module}" for path, line, module in found if module not in allowed] == []
+    found = [
+        f"{path}:{line} imports {module}"
+        for path in files(package)
+        for module, line, at_import in imports(path)
+        # A benchmark loads the peers it measures, and what draws its figure, when it runs.
+        if module not in allowed and (at_import or path.name != "benchmark.py")
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("package", HOUSE)
