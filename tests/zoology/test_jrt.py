@@ -118,7 +118,7 @@ def test_smoke_runs_and_is_drawn(path, tmp_path, in_process_engine, watcher):
 
 def test_the_order_table_has_what_was_put_in(order_records):
     table = plots_jrt.order_table(results.from_records(order_records))
-    assert set(zip(table["short"], table["long"])) == {(2, 12), (2, 64)}
+    assert set(zip(table["short"], table["long"])) == {(2, 32)}
     causal = table[table["architecture"] == "based"]
     widths = causal["point"].str.extract(r"feature_dim=(\d+)")[0].astype(int)
     np.testing.assert_allclose(causal[plots_jrt.SHORT_FIRST], 0.7 + 0.01 * widths)
@@ -142,7 +142,7 @@ def test_the_order_figure_draws_it(order_records):
     looks = plots_jrt.plot.styles(plots_jrt.plot.by_name(frame))
     assert len({matplotlib.colors.to_hex(look.color) for look in looks.values()}) == 2
     states = sorted(frame["state_bytes"].unique())
-    assert [axis.get_title() for axis in figure.axes] == ["sets of 2 and 12", "sets of 2 and 64"]
+    assert [axis.get_title() for axis in figure.axes] == ["sets of 2 and 32"]
     for axis in figure.axes:
         drawn = {(colour, filled): (x, y) for colour, filled, x, y in lines_of(axis)}
         based, prefix = looks["based"].color, looks["prefix_linear_attention"].color
