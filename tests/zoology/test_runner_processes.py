@@ -159,6 +159,13 @@ def test_a_run_without_memory_beside_another_gets_the_device_alone(tmp_path, mak
 def test_a_killed_worker_costs_its_epochs_since_the_checkpoint_only(tmp_path, make_run, make_engine, watcher):
     (run,) = plan.make_plan([make_run(epochs=4)], "cpu")
     engine, killed = make_engine(), []
+    start = engine.start
+
+    def start_and_interrupt(*arguments):
+        start(*arguments)
+        os.kill(engine.pids()[0], signal.SIGINT)  # Ctrl-C while it is starting up is not for it to answer
+
+    engine.start = start_and_interrupt
 
     def kill_once(run, epoch):
         if epoch["epoch"] == 2 and not killed:
