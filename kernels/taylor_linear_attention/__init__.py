@@ -19,6 +19,7 @@ from kernels.taylor_linear_attention.reference import (
 __all__ = ["TaylorState", "num_taylor_features", "taylor_linear_attention", "taylor_linear_attention_step"]
 
 MAX_TRITON_FEATURE_DIM = 32
+LONGEST_QUADRATIC = 512
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("auto", "reference", "triton")
@@ -37,7 +38,7 @@ def taylor_linear_attention(
     """Causal attention with weights 1 + s + s^2 / 2, s = scale * q.k, normalised by their sum.
 
     Args:
-        q, k: [B, T, H, f], bf16, fp16, fp32 or fp64 (fp64 and f > 32: reference only).
+        q, k: [B, T, H, f], bf16, fp16, fp32 or fp64 (reference only: fp64, f > 32, and f > 16 in fp16 and fp32).
         v: [B, T, H, V] of the same dtype.
         scale: positive; f^(-1/2) when None.
         initial_state: memory of the tokens before, kv [B, H, F, V] and key_sum [B, H, F], any floating dtype.
@@ -185,7 +186,12 @@ def choose_backend(backend: str, q: Tensor) -> str:
     refusal = triton_refusal(q)
     if backend == "triton" and refusal:
         raise ValueError(f"backend='triton' cannot run here: {refusal}")
-    return "reference" if refusal else "triton"
+    if backend == "triton":
+        return backend
+    # Measured: three tf32 products for each fp32 one cost more than the quadratic form of a short sequence.
+    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    short = q.dim() == 4 and q.shape[1] <= LONGEST_QUADRATIC
+    return "reference" if refusal or (exact and short) else "triton"
 
 
 def triton_refusal(q: Tensor) -> str | None:
@@ -196,6 +202,7 @@ def triton_refusal(q: Tensor) -> str | None:
         return f"q is on {q.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"q has dtype {q.dtype}; allowed: bfloat16, float16, float32"
-    if q.shape[-1] > MAX_TRITON_FEATURE_DIM:
-        return f"the feature dimension is {q.shape[-1]}; allowed: up to {MAX_TRITON_FEATURE_DIM}"
+    allowed = MAX_TRITON_FEATURE_DIM if q.dtype == torch.bfloat16 else MAX_TRITON_FEATURE_DIM // 2
+    if q.shape[-1] > allowed:
+        return f"the feature dimension is {q.shape[-1]}; allowed: up to {allowed} in {q.dtype} (shared memory)"
     return None

@@ -36,7 +36,8 @@ def choose_tile(f: int, v_dim: int, dtype: torch.dtype, *, backward: bool = Fals
     """Block sizes and launch options for a shape and dtype.
 
     bf16 operands go to the tensor cores as they are. fp16 has no room for the sums of the state, so it is computed
-    as tf32, which has the same mantissa; fp32 as three tf32 products, which is fp32 to within rounding.
+    as tf32, which has the same mantissa. fp32 is computed as tf32 where `torch.set_float32_matmul_precision` allows
+    it, and otherwise as three tf32 products, which is fp32 to within rounding.
     """
     num = num_taylor_features(f)
     block, num_blocks = next((bf, nb) for bf, nb in ((64, 1), (64, 3), (128, 3), (256, 3)) if bf * nb >= num)
@@ -44,10 +45,13 @@ def choose_tile(f: int, v_dim: int, dtype: torch.dtype, *, backward: bool = Fals
     narrow = dtype == torch.bfloat16 and not INTERPRETED
     widest = 64 if block == 64 and (narrow or not backward) else 32 if block < 256 else 16
     block_v = min(widest, max(16, triton.next_power_of_2(v_dim)))
-    op, prec = (tl.bfloat16, "tf32") if narrow else (tl.float32, "tf32" if dtype == torch.float16 else "tf32x3")
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    op, prec = (tl.bfloat16, "tf32") if narrow else (tl.float32, "tf32x3" if exact else "tf32")
     tile = Tile(f, 16 if f <= 16 else 32, v_dim, block_v, 64 if narrow else 32, block, num_blocks, op, prec)
     pipelined = narrow and block == 64
-    stages = {"state": 3, "apply": 3, "dx": 2} if pipelined else {"state": 1, "apply": 1, "dx": 1}
+    stages = {"state": 3, "apply": 3, "apply from a state": 2, "dx": 2, "dx reverse": 3}
+    if not pipelined:
+        stages = dict.fromkeys(stages, 1)
     return tile, {"num_warps": 4 if block == 64 else 8, "num_stages": stages}
 
 
@@ -146,6 +150,7 @@ def launch_apply(x, xs, ys, mask, o, norm, start: Starts, final, scale, tile, op
     """Outputs (forwards, with `norm`) or the gradient of v (`reverse`); not causal when `xs` is None."""
     b, t, h, _ = x.shape
     unused = o
+    kernel = "apply" if start.kv is None or reverse else "apply from a state"
     tk._apply_kernel[(triton.cdiv(tile.V, tile.BV), groups, b * h)](
         x,
         unused if xs is None else xs,
@@ -167,7 +172,7 @@ def launch_apply(x, xs, ys, mask, o, norm, start: Starts, final, scale, tile, op
         HAS_MASK=mask is not None,
         HAS_START=start.kv is not None,
         HAS_FINAL=final is not None,
-        **shape_constants(tile, options, t, h, mask, "apply"),
+        **shape_constants(tile, options, t, h, mask, kernel),
     )
 
 
@@ -201,7 +206,7 @@ def launch_dx(
         HAS_MASK=mask is not None,
         HAS_START=start.kv is not None,
         HAS_FINAL=final is not None,
-        **shape_constants(tile, options, t, h, mask, "dx"),
+        **shape_constants(tile, options, t, h, mask, "dx reverse" if reverse else "dx"),
     )
     return dx[0] if num_v == 1 else dx.sum(0).to(x.dtype)
 

@@ -98,8 +98,11 @@ def _factors(
     e, one = _select(i_b, WHICH, F, FP, NQ, BF, OP)
     x12 = tl.dot(x, tl.trans(e), input_precision=PREC)
     if (i_b + 1) * BF > NQ:
-        # A product and not a sum of constants, which the compiler would keep in registers all through the loop.
-        x12 = tl.dot(tl.full([x.shape[0], FP], 1.0, OP), tl.trans(one), acc=x12, input_precision=PREC)
+        if BF <= 128:
+            # A product and not a sum of constants, which the compiler would keep in registers all through the loop.
+            x12 = tl.dot(tl.full([x.shape[0], FP], 1.0, OP), tl.trans(one), acc=x12, input_precision=PREC)
+        else:
+            x12 += tl.sum(one.to(tl.float32), 1)[None, :]  # one more operand would not fit in shared memory
     return x12
 
 
@@ -561,10 +564,10 @@ def _pull_back(
     """Add to b_dx [C, FP] the gradient of x behind the features of block i_b, dphi(x) = S y + z c, c [C, 16]."""
     b_w = _weights(i_b, scale, F, NQ, BF)
     b_g = tl.dot(b_y, tl.trans(_operand(b_s * b_w[:, None], OP, PREC)), input_precision=PREC)
+    b_g = tl.dot(b_c, tl.trans(_z_operand(b_z, b_w, OP)), acc=b_g, input_precision=PREC)
     if BF <= 128:
         # One factor after the other: both at once would not fit in the registers.
         x2 = _factors(b_x, i_b, 2, F, FP, NQ, BF, OP, PREC)
-        b_g = tl.dot(b_c, tl.trans(_z_operand(b_z, b_w, OP)), acc=b_g, input_precision=PREC)
         e1, _ = _select(i_b, 1, F, FP, NQ, BF, OP)
         b_dx = tl.dot(_operand(b_g * x2, OP, PREC), e1, acc=b_dx, input_precision=PREC)
         e2, _ = _select(i_b, 2, F, FP, NQ, BF, OP)
@@ -572,7 +575,6 @@ def _pull_back(
         b_dx = tl.dot(_operand(b_g * x1, OP, PREC), e2, acc=b_dx, input_precision=PREC)
     else:
         # Separate one-hots would not fit in shared memory.
-        b_g = tl.dot(b_c, tl.trans(_z_operand(b_z, b_w, OP)), acc=b_g, input_precision=PREC)
         x12 = _factors(b_x, i_b, 3, F, FP, NQ, BF, OP, PREC)
         x1, x2 = tl.split(tl.permute(tl.reshape(x12, (b_x.shape[0], 2, BF)), (0, 2, 1)))
         e, _ = _select(i_b, 3, F, FP, NQ, BF, OP)

@@ -332,6 +332,32 @@ def test_importing_the_operations_does_not_import_triton():
     assert done.stdout.strip() == "light", done.stderr
 
 
+@pytest.mark.parametrize(("setting", "expected"), [("highest", "tf32x3"), ("high", "tf32")])
+def test_products_in_fp32_follow_the_setting_of_pytorch(setting, expected):
+    pytest.importorskip("triton")
+    from kernels.taylor_linear_attention.triton import choose_tile
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        tiles = [choose_tile(16, 64, dtype)[0] for dtype in (torch.float32, torch.float16)]
+        assert [tile.PREC for tile in tiles] == [expected, "tf32"]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("f", [1, 5, 8, 12, 16, 24, 32])
+def test_tiles_hold_every_feature(f):
+    pytest.importorskip("triton")
+    from kernels.taylor_linear_attention.triton import choose_tile
+
+    for v_dim in (1, 20, 64, 100, 256):
+        for backward in (False, True):
+            tile, _ = choose_tile(f, v_dim, torch.bfloat16, backward=backward)
+            assert f <= tile.FP
+            assert num_taylor_features(f) <= tile.BF * tile.NB
+
+
 # ---------------------------------------------------------------- the kernels, interpreted
 INTERPRETED = """
 import sys
@@ -350,6 +376,7 @@ impl.MIN_CHUNKS_PER_GROUP = 1
 for case in t.INTERPRETED_CASES:
     t.check_against_float64(case, torch.float32, "cpu", floor=1e-6)
 t.check_against_float64(t.INTERPRETED_CASES[0], torch.float16, "cpu")
+t.check_against_float64(t.INTERPRETED_WIDE, torch.bfloat16, "cpu")
 t.check_step("cpu", 3, 5, 20)
 print("same")
 """
@@ -357,8 +384,8 @@ INTERPRETED_CASES = [
     (1, 100, 1, 16, 20, True, True, 0),
     (2, 64, 1, 8, 16, False, False, 0),
     (1, 33, 2, 5, 70, True, True, 40),
-    (1, 1, 1, 24, 16, True, True, 0),
 ]
+INTERPRETED_WIDE = (1, 40, 1, 24, 16, True, True, 0)
 
 
 def check_step(device, h, f, v_dim, *, batch=2, dtype=torch.float32, state_dtype=torch.float32):
@@ -402,6 +429,19 @@ GPU_DTYPES += [(torch.float32, c) for c in CASES if c[3] <= 16 and c[0] * c[1] <
 @pytest.mark.parametrize(("dtype", "case"), GPU_DTYPES, ids=str)
 def test_kernels_against_float64(dtype, case, poisoned):
     check_against_float64(case, dtype, "cuda", floor=1e-6)
+
+
+@pytest.mark.gpu
+def test_fp32_as_tf32_where_pytorch_allows_it(poisoned):
+    data = example(2, 200, 2, 16, 64, True, True, 0, dtype=torch.float32, device="cuda")
+    expected = with_gradients(call("reference"), *data, True, torch.float64)
+    torch.set_float32_matmul_precision("high")
+    try:
+        actual = with_gradients(call("triton"), *data, True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for one, other in zip(actual, expected):
+        assert error(one, other) < 1e-3
 
 
 @pytest.mark.gpu
