@@ -89,10 +89,11 @@ def tradeoff(frame: pd.DataFrame):
         axis = top.subplots()
         _draw_panel(axis, table[table["slice"] == results.MEAN], looks, 5.0, limits)
         has_bound = draw_bound(axis, frame, names, limits)
+        _draw_floor(axis, frame, names)
         longest = int(frame["state_seq_len"].max())
         axis.set_xlabel(f"recurrent state at length {longest:,} (bytes per sequence, all layers)")
         axis.set_ylabel(f"test accuracy, mean of {len(names)} slices" if small else "test accuracy")
-        _legend(axis, looks, table, has_bound)
+        _legend(axis, looks, table, has_bound, _middle_of_gap(frame, table, limits))
         for part in bottom:
             panels = part.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
             _draw_small_multiples(panels, frame, table, looks, limits, columns)
@@ -109,6 +110,7 @@ def _draw_small_multiples(panels, frame, table, looks, limits, columns: int) -> 
             continue
         _draw_panel(panel, table[table["slice"] == names[index]], looks, 3.0, limits)
         draw_bound(panel, frame, [names[index]], limits)
+        _draw_floor(panel, frame, [names[index]])
         panel.set_title(slice_title(frame, names[index]))
         panel.tick_params(labelbottom=index + columns >= len(names))
 
@@ -168,6 +170,12 @@ def draw_bound(axis, frame: pd.DataFrame, names: Sequence[str], limits: tuple[fl
     return True
 
 
+def _draw_floor(axis, frame: pd.DataFrame, names: Sequence[str]) -> None:
+    """A line at what the best predictor scores that cannot recall, averaged over the slices."""
+    floor = results.floors(frame).loc[list(names)].max(axis=1).mean()
+    axis.axhline(floor, color="0.45", lw=0.9, ls=(0, (1, 2.5)), zorder=1)
+
+
 def state_limits(frame: pd.DataFrame, table: pd.DataFrame) -> tuple[float, float]:
     """Wide enough for the points, and for the place where the hardest slice's bound leaves 1."""
     low = min(table["state_bytes"].min(), frame["required_bits"].max() / 8)
@@ -184,7 +192,19 @@ def slice_title(frame: pd.DataFrame, name: str) -> str:
     return name
 
 
-def _legend(axis, looks: dict[str, Style], table: pd.DataFrame, has_bound: bool) -> None:
+def _middle_of_gap(frame: pd.DataFrame, table: pd.DataFrame, limits: tuple[float, float]) -> float | None:
+    """Where, in shares of the axis, the middle lies between the bound and the points; None if a legend does not fit."""
+    low, high = np.log(limits)
+    ends = (frame["required_bits"].max() / 8, table["state_bytes"].min())
+    left, right = ((np.log(end) - low) / (high - low) for end in ends)
+    return (left + right) / 2 if right - left > LEGEND_WIDTH else None
+
+
+LEGEND_WIDTH = 0.3  # share of the main panel
+
+
+def _legend(axis, looks: dict[str, Style], table: pd.DataFrame, has_bound: bool, gap: float | None) -> None:
+    """In the gap between bound and points if that is wide enough, else beside the panel: never on data."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -194,12 +214,14 @@ def _legend(axis, looks: dict[str, Style], table: pd.DataFrame, has_bound: bool)
     ]
     if has_bound:
         handles.append(Patch(facecolor="0.85", edgecolor="0.45", lw=0.9, label="ruled out by the\ncounting bound"))
+    handles.append(Line2D([], [], color="0.45", lw=0.9, ls=(0, (1, 2.5)), label="best without recall"))
     if table["lr_at_edge"].any():
         label = "learning rate at\nedge of grid"
         handles.append(Line2D([], [], color="0.3", ls="none", marker="o", mfc="white", ms=5, label=label))
     if (table["num_seeds"] > 1).any():
         handles.append(Line2D([], [], color="0.3", ls="none", marker="|", ms=9, label="range over seeds"))
-    axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=2.8)
+    place = ("center left", (1.01, 0.5)) if gap is None else ("center", (gap, 0.45))
+    axis.legend(handles=handles, loc=place[0], bbox_to_anchor=place[1], frameon=False, handlelength=2.8)
 
 
 def save(frame: pd.DataFrame, directory: Path | str, stem: str = "tradeoff") -> list[Path]:

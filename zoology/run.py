@@ -18,6 +18,7 @@ from rich.table import Table
 
 import architectures
 from zoology.config import RunConfig
+from zoology.loggers import LoggedView, make_loggers
 from zoology.runner import plan, progress, store
 from zoology.runner.driver import Exit, Signals, SweepOutcome, partition, run_sweep
 from zoology.runner.plan import PlanError, PlannedRun
@@ -63,6 +64,7 @@ def run(
     time_limit: Annotated[str | None, typer.Option(help="end cleanly after this time (90, 45s, 10m, 2h)")] = None,
     timeout: Annotated[str | None, typer.Option(help="give up a run after this time")] = None,
     retries: Annotated[int, typer.Option(help="further attempts for a run whose worker died")] = 1,
+    log: Annotated[str | None, typer.Option(help="loggers beside the results: wandb, tensorboard")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or a list such as cuda:0,cuda:1")] = "auto",
 ) -> None:
     """Train every run of an experiment that has no result yet, then draw accuracy against state."""
@@ -183,12 +185,13 @@ def execute(
     setups = setups[: max(1, len(todo))]
     _say(console, overview(runs, todo, left_failed, setups, directory))
     outcome = SweepOutcome(Exit.DONE, {}, {})
+    view, loggers = progress.make_view(console), make_loggers(options["log"], directory)
     if todo:
         outcome = run_sweep(
             todo,
             make_engine(options, setups, limits["timeout"]),
             directory,
-            progress.make_view(console),
+            LoggedView(view, loggers) if loggers else view,
             total=len(runs),
             done=len(runs) - len(todo),
             estimate=estimate,

@@ -95,6 +95,9 @@ def test_the_figure_draws_the_selected_accuracies(results_directory):
         rows = selected[selected["slice"] == name]
         assert marked == set(zip(rows["state_bytes"].astype(float), rows["accuracy"]))
         assert axis.get_xscale() == "log"
+        floors = results.floors(frame).max(axis=1)
+        expected = floors.mean() if name == "mean" else floors[name]
+        assert [line.get_ydata()[0] for line in axis.lines if list(line.get_xdata()) == [0, 1]] == [expected]
     labels = [text.get_text() for text in axes[0].get_legend().get_texts()]
     assert labels[:2] == ["attention", "based"]
     assert "ruled out by the\ncounting bound" in labels
@@ -152,3 +155,11 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
 def test_slice_titles(name, title):
     frame = pd.DataFrame([{"slice": name, "task": "mqar", "seq_len": 256, "num_kv_pairs": 16}])
     assert plot.slice_title(frame, name) == title
+
+
+@pytest.mark.parametrize(("state_bytes", "middle"), [(8192, 0.5), (16, None)])
+def test_the_legend_stands_in_a_wide_gap_or_beside_the_panel(state_bytes, middle):
+    """The bound leaves 1 at 8 bytes; of an axis from 1 to 65536 bytes a gap up to 8192 is the middle five eighths."""
+    frame, table = pd.DataFrame({"required_bits": [64.0]}), pd.DataFrame({"state_bytes": [state_bytes]})
+    found = plot._middle_of_gap(frame, table, (1, 65536))
+    assert found == (None if middle is None else pytest.approx(middle))
