@@ -350,7 +350,7 @@ def plot(records: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [r for r in records["rows"] if r["op"] == "taylor_linear_attention" and r["shape"]["B"] == 16 and "ms" in r]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for axis, direction in zip(axes, ("forward", "backward")):
         chosen = [r for r in rows if r["direction"] == direction]
         for name in dict.fromkeys(r["implementation"] for r in chosen):
@@ -359,12 +359,15 @@ def plot(records: dict, path: Path) -> None:
         mine = [r for r in chosen if r["implementation"] == "ours"]
         axis.plot([r["shape"]["T"] for r in mine], [r["limit_ms"] for r in mine], "k--", label="limit of the machine")
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=direction)
+        lengths = [r["shape"]["T"] for r in mine]
+        axis.set_xticks(lengths, [str(n) for n in lengths])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("milliseconds")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=8)
     shape = "batch 16, 16 heads, feature dimension 16 (softmax: 64), value dimension 64, bf16"
     figure.suptitle(f"Taylor linear attention on {records['environment']['device']}: {shape}", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 0.83, 1))
     figure.savefig(path, dpi=150)
 
 
