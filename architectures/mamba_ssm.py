@@ -113,8 +113,9 @@ def selective_scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, 
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
     x, dt, B, C = autocast_inputs(x, dt, B, C)
-    no_bias = torch.zeros_like(A[:, 0])
-    return selective_state_update(state, x, dt, A, B, C, dt_bias=no_bias, dt_softplus=True), state
+    # The kernel's launcher cannot leave out D and the bias (2.3.2).
+    zeros = torch.zeros_like(A[:, 0])
+    return selective_state_update(state, x, dt, A, B, C, D=zeros, dt_bias=zeros, dt_softplus=True), state
 
 
 def chunk_scan(
@@ -139,6 +140,7 @@ def chunk_scan(
         A[:, None, None].expand(heads, width, entries),
         B,
         C,
+        D=torch.zeros_like(dt_bias)[:, None].expand(heads, width),
         dt_bias=dt_bias[:, None].expand(heads, width),
         dt_softplus=True,
     )

@@ -164,8 +164,10 @@ def scan(u, delta, A, B, C, *, delta_softplus, return_last_state):
     return torch.stack(outputs, 2), h.detach()
 
 
-def update(state, x, dt, A, B, C, *, dt_bias, dt_softplus):
-    """state [B, (H,) D, N] is written to; x dt [B, (H,) D], A [(H,) D, N], B C [B, (G,) N], dt_bias [(H,) D]."""
+def update(state, x, dt, A, B, C, *, D, dt_bias, dt_softplus):
+    """D and dt_bias cannot be left out, the library's defaults notwithstanding: its launcher raises without.
+
+    state [B, (H,) D, N] is written to; x dt [B, (H,) D], A [(H,) D, N], B C [B, (G,) N], dt_bias [(H,) D]."""
     assert dt_softplus
     assert dt_bias.shape == dt.shape[1:]
     if state.ndim == 4:
@@ -173,7 +175,7 @@ def update(state, x, dt, A, B, C, *, dt_bias, dt_softplus):
     B, C = (part.unsqueeze(-2) for part in (B, C))
     dt = F.softplus(dt + dt_bias).unsqueeze(-1)
     state.copy_(state * torch.exp(dt * A) + dt * x.unsqueeze(-1) * B)
-    return (state * C).sum(-1)
+    return (state * C).sum(-1) + D * x
 
 
 def ssd(x, dt, A, B, C, *, chunk_size, dt_bias, initial_states, dt_softplus, return_final_states):
@@ -274,6 +276,25 @@ def rwkv6(r, k, v, w, u, *, scale, **state):
     return loop(token, {"r": r, "k": k, "v": v, "w": w}, scale, **state)
 
 
+class WantsStateGradient(torch.autograd.Function):
+    """fla's recurrent delta rule: the backward pass compiles only for a state that wants a gradient."""
+
+    @staticmethod
+    def forward(ctx, q, state):
+        ctx.wanted = state.requires_grad
+        return q.view_as(q)
+
+    @staticmethod
+    def backward(ctx, grad):
+        assert ctx.wanted
+        return grad, None
+
+
+def recurrent_delta(q, *, initial_state, **arguments):
+    q = WantsStateGradient.apply(q, initial_state)
+    return delta(q, initial_state=initial_state, **arguments)
+
+
 def recurrent_rwkv6(**arguments):
     """This form drops the gradient of its final state."""
     o, state = rwkv6(**arguments)
@@ -305,7 +326,7 @@ def fla(install):
     install("fla.ops.gla", chunk_gla=gla, fused_recurrent_gla=gla)
     install("fla.ops.simple_gla", chunk_simple_gla=simple_gla, fused_recurrent_simple_gla=simple_gla)
     install("fla.ops.rwkv6", chunk_rwkv6=rwkv6, fused_recurrent_rwkv6=recurrent_rwkv6)
-    install("fla.ops.delta_rule", chunk_delta_rule=delta, fused_recurrent_delta_rule=delta)
+    install("fla.ops.delta_rule", chunk_delta_rule=delta, fused_recurrent_delta_rule=recurrent_delta)
     install("fla.ops.gated_delta_rule", chunk_gated_delta_rule=delta, fused_recurrent_gated_delta_rule=delta)
     install("fla.ops.kda", chunk_kda=delta)
     install("fla.ops.rwkv7", chunk_rwkv7=rwkv7, fused_recurrent_rwkv7=rwkv7)
@@ -319,6 +340,20 @@ FLA = ["gla", "retnet", "rwkv6", "deltanet", "gated_deltanet", "kda", "rwkv7"]
 def test_fla(fla, name):
     check_training(*twins(name, "fla", num_heads=2))
     check_decoding(*twins(name, "fla", num_heads=2))
+
+
+def test_fla_in_float32(fla):
+    """DeltaNet's recurrent form, which other dtypes do not train with."""
+    mixer, other = twins("deltanet", "fla", num_heads=2)
+    x = torch.randn(2, 9, 16)
+    gradients = []
+    for module in (mixer.float(), other.float()):
+        module.zero_grad()
+        module(x).square().sum().backward()
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    for one, expected in zip(*gradients):
+        assert_close(one, expected)
+    assert not mixer.init_state(1, 1).kv.requires_grad
 
 
 @pytest.mark.parametrize("name", FLA)
