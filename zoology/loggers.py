@@ -51,6 +51,7 @@ class WandB:
                 dir=str(self.directory),
                 reinit="create_new",
                 resume="allow",
+                settings={"silent": True},
             )
         self._open[run.run_id].log(_scalars(epoch), step=epoch["epoch"])
 
