@@ -326,6 +326,20 @@ def test_autocast_casts_the_inputs_and_not_the_sums():
     torch.testing.assert_close(end.kv, expected_end.kv, rtol=0, atol=0)
 
 
+def test_traced_without_a_break():
+    q, k, v = torch.randn(3, 1, 20, 2, 4)
+    state = TaylorState.zeros(1, 2, 4, 4)
+
+    def function(q, k, v, state):
+        o, end = taylor_linear_attention(q, k, v, initial_state=state, output_final_state=True)
+        prefix, _ = prefix_linear_attention(q, k, v, k, v)
+        step, _ = taylor_linear_attention_step(q[:, 0], k[:, 0], v[:, 0], end)
+        return o + prefix, step
+
+    traced = torch.compile(function, fullgraph=True, backend="eager")(q, k, v, state)
+    torch.testing.assert_close(traced, function(q, k, v, state))
+
+
 def test_importing_the_operations_does_not_import_triton():
     code = "import sys, kernels; assert 'kernels.taylor_linear_attention.triton' not in sys.modules; print('light')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
