@@ -2,7 +2,7 @@
 
     python -m zoology.benchmark [--models base_conv+attention@128,...] [--shapes 64x4,256x64] [--precisions tf32,bf16]
                                 [--out FILE.json] [--plot FILE.png]
-    python -m zoology.benchmark --draw FILE.json --plot FILE.png
+    python -m zoology.benchmark --draw FILE.json [--draw OTHER.json ...] --plot FILE.png [--out JOINED.json]
     python -m zoology.benchmark --protocol base_conv+attention@128 --precisions bf16 --out FILE.json
 
 A record holds the time of one training step, examples per second, peak memory and the time to build the loop; the same
@@ -21,7 +21,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -108,9 +109,29 @@ class Timing(NamedTuple):
     peak_memory_bytes: int | None
 
 
-def time_steps(run: Callable[[], Any], steps: int, repeats: int, device: torch.device) -> list[float]:
+@contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """Hold the file `lock`, so that of several processes that build loops side by side one measures at a time."""
+    if lock is None:
+        yield
+        return
+    import fcntl
+
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def time_steps(
+    run: Callable[[], Any], steps: int, repeats: int, device: torch.device, lock: Path | None = None
+) -> list[float]:
     """Milliseconds per step of `run`, which does `steps` of them, after one untimed run."""
-    run()
+    with alone(lock):
+        run()
+        return _time_steps(run, steps, repeats, device)
+
+
+def _time_steps(run: Callable[[], Any], steps: int, repeats: int, device: torch.device) -> list[float]:
     times = []
     for _ in range(repeats):
         if device.type == "cuda":
@@ -135,7 +156,9 @@ def peak_memory(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def measure_baseline(config: RunConfig, shape: Shape, device: torch.device, repeats: int) -> dict[str, Any]:
+def measure_baseline(
+    config: RunConfig, shape: Shape, device: torch.device, repeats: int, lock: Path | None = None
+) -> dict[str, Any]:
     """The plain loop: eager, float32, head and loss everywhere."""
     steps = min(shape.steps, 8)
     examples = config.data.train[0].task.sample(shape.batch_size * steps, seed=0)
@@ -155,11 +178,13 @@ def measure_baseline(config: RunConfig, shape: Shape, device: torch.device, repe
             optimizer.step()
 
     with computing_in("fp32", device):
-        times = time_steps(epoch, steps, repeats, device)
+        times = time_steps(epoch, steps, repeats, device, lock)
     return timing(times, peak_memory(device))
 
 
-def measure(config: RunConfig, shape: Shape, device: torch.device, repeats: int, mode: str) -> dict[str, Any]:
+def measure(
+    config: RunConfig, shape: Shape, device: torch.device, repeats: int, mode: str, lock: Path | None = None
+) -> dict[str, Any]:
     """The loop that `train` would take, or the one that is named."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -192,7 +217,7 @@ def measure(config: RunConfig, shape: Shape, device: torch.device, repeats: int,
             else:
                 loop.train_epoch(1, batches)
 
-        times = time_steps(epoch, shape.steps, repeats, device)
+        times = time_steps(epoch, shape.steps, repeats, device, lock)
     peak = peak_memory(device)
     record = {"step_ms": timing(times, peak), "first_epoch_loss": first_loss, "backends": loop.backends()}
     record["execution"] = loop.execution._asdict()
@@ -223,8 +248,13 @@ def count_work(model: ModelConfig, shape: Shape, precision: str) -> dict[str, fl
     }
 
 
-def measure_ceilings(device: torch.device) -> dict[str, float]:
+def measure_ceilings(device: torch.device, lock: Path | None = None) -> dict[str, float]:
     """Bytes per second of a copy (read + write), operations per second of a matrix product in each precision."""
+    with alone(lock):
+        return _measure_ceilings(device)
+
+
+def _measure_ceilings(device: torch.device) -> dict[str, float]:
     cuda = device.type == "cuda"
     number, size = (1 << 28, 8192) if cuda else (1 << 22, 256)
     source = torch.randn(number, device=device)
@@ -271,20 +301,21 @@ def benchmark(
     *,
     repeats: int = 5,
     mode: str = "auto",
+    lock: Path | None = None,
     report: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
     """All records of models, shapes and precisions, with the machine they hold for."""
     for precision in precisions:
         check_precision(precision, device)
-    ceilings = measure_ceilings(device)
+    ceilings = measure_ceilings(device, lock)
     result = describe(device) | {"ceilings": ceilings, "records": []}
     for text in models:
         for shape in shapes:
             model = parse_model(text, shape.vocab_size)
-            baseline = measure_baseline(run_config(model, shape, "fp32"), shape, device, repeats)
+            baseline = measure_baseline(run_config(model, shape, "fp32"), shape, device, repeats, lock)
             for precision in precisions:
                 record = {"model": text, "precision": precision, **shape._asdict()}
-                record |= measure(run_config(model, shape, precision), shape, device, repeats, mode)
+                record |= measure(run_config(model, shape, precision), shape, device, repeats, mode, lock)
                 record["baseline_step_ms"] = baseline
                 record["floor"] = floor(count_work(model, shape, precision), ceilings, precision)
                 record["examples_per_second"] = 1e3 * shape.batch_size / record["step_ms"]["median"]
@@ -356,6 +387,14 @@ def protocol(
     }
 
 
+def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results of one device as one; raises ValueError for results of several."""
+    devices = {result["device"]["name"] for result in results}
+    if len(devices) > 1:
+        raise ValueError(f"results of different devices cannot be joined: {', '.join(sorted(devices))}")
+    return results[0] | {"records": [record for result in results for record in result["records"]]}
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Step times of a result as bars: the plain loop, each precision, and its floor as a mark."""
     import matplotlib
@@ -408,9 +447,12 @@ def command(
     steps: Annotated[int, typer.Option(min=1, help="steps per timed repeat")] = 32,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     mode: Annotated[str, typer.Option(help=f"auto, eager, {', '.join(MODES)}")] = "auto",
+    lock: Annotated[Path | None, typer.Option(help="file that several benchmarks of one machine share")] = None,
     out: Annotated[Path | None, typer.Option(help="raw records, JSON")] = None,
     plot: Annotated[Path | None, typer.Option(help="figure of the records")] = None,
-    draw_from: Annotated[Path | None, typer.Option("--draw", help="draw these records, measure nothing")] = None,
+    draw_from: Annotated[
+        list[Path] | None, typer.Option("--draw", help="join these records (again to add), measure nothing")
+    ] = None,
     protocol_of: Annotated[str, typer.Option("--protocol", help="time the Based protocol on this model")] = "",
     epochs: Annotated[int, typer.Option(min=1, help="of the protocol")] = 32,
 ) -> None:
@@ -418,15 +460,15 @@ def command(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = precisions.split(",") if precisions else (["tf32", "bf16"] if where.type == "cuda" else ["fp32"])
     try:
-        if draw_from is not None:
-            result = json.loads(draw_from.read_text())
+        if draw_from:
+            result = joined([json.loads(path.read_text()) for path in draw_from])
         elif protocol_of:
             result = protocol(protocol_of, chosen[0], where, epochs=epochs)
         else:
             if mode not in ("auto", "eager", *MODES):
                 raise ValueError(f"--mode {mode!r}: must be one of auto, eager, {', '.join(MODES)}")
             asked = parse_shapes(shapes, batch_size, vocab_size, steps)
-            result = benchmark(models.split(","), asked, chosen, where, repeats=repeats, mode=mode)
+            result = benchmark(models.split(","), asked, chosen, where, repeats=repeats, mode=mode, lock=lock)
     except ValueError as error:
         raise SystemExit(f"zoology.benchmark: {error}") from None
     if out is not None:

@@ -40,7 +40,8 @@ def linear_cross_entropy(
         targets: [N], integers of [0, V), or `ignore_index` for rows that do not count.
         weight_copy: [V, D], the weight in the dtype of `hidden`, if there is one already: saves a cast.
         backend: "reference" (all logits, plain PyTorch), "chunked" (a few rows of logits at a time), "triton"
-            (no logits in memory; 16-bit `hidden`, D <= 256), or "auto": triton, else chunked on a GPU, else reference.
+            (no logits in memory; D <= 256; float32 only where its products may round to TF32), or "auto": triton,
+            else chunked on a GPU, else reference.
 
     Returns:
         The loss, [] float32 (float64 for float64 inputs). NaN when no row counts. The gradient is computed with
@@ -98,9 +99,10 @@ def triton_refusal(hidden: Tensor) -> str | None:
         return "Triton is not installed (pip install 'zoology[gpu]')"
     if hidden.device.type != "cuda" and not TRITON_INTERPRETED:
         return f"hidden is on {hidden.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
-    allowed = (torch.bfloat16, torch.float16) + ((torch.float32,) if TRITON_INTERPRETED else ())
-    if hidden.dtype not in allowed:
-        return f"hidden has dtype {hidden.dtype}; allowed: bfloat16, float16"
+    if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"hidden has dtype {hidden.dtype}; allowed: bfloat16, float16, float32"
+    if hidden.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" and not TRITON_INTERPRETED:
+        return "float32 products must be exact; allowed: torch.set_float32_matmul_precision('high'), or 16-bit inputs"
     if hidden.shape[1] > MAX_TRITON_WIDTH:
         return f"hidden has width {hidden.shape[1]}; allowed: up to {MAX_TRITON_WIDTH}"
     return None

@@ -132,6 +132,14 @@ loss, dh, dw = impl.linear_cross_entropy_triton(
 )
 for one, other in zip((loss, dh * 3, dw * 3), t.expected(hidden, weight, targets)):
     assert t.error(one, other) < 1e-5
+# float32 through float16, whose mantissa is TF32's: an error of 2^-11 in each factor.
+torch.set_float32_matmul_precision("high")
+hidden, weight, targets = t.example(70, 24, 150, torch.float32)
+h, w = hidden.requires_grad_(), weight.requires_grad_()
+actual = t.gradients(linear_cross_entropy(h, w, targets, backend="triton"), h, w)
+assert all(x.dtype == torch.float32 for x in actual)
+errors = [t.error(one, other) for one, other in zip(actual, t.expected(hidden, weight, targets))]
+assert 1e-5 < max(errors) < 2**-10, errors
 print("same")
 """
 
@@ -143,6 +151,22 @@ def test_triton_kernels_interpreted():
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "same", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*SHAPES, (1024, 128, 8192), (5000, 128, 8192), (300, 256, 1000)])
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_float32_products_that_may_round_on_the_device(backend, shape):
+    hidden, weight, targets = (x.cuda() for x in example(*shape, torch.float32, scale=0.1))
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        actual = gradients(linear_cross_entropy(h, w, targets, backend=backend), h, w)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for one, other in zip(actual, expected(hidden, weight, targets)):
+        assert error(one, other) < 2e-3
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """The benchmark: measures what it says, counts work as it says, draws what it measured."""
 
+import copy
 import json
 
 import pytest
@@ -13,7 +14,17 @@ from zoology.graphs import forget_loops
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     options = "--models base_conv+attention@16,base_conv@16 --shapes 16x2,24x4 --batch-size 8 --vocab-size 64 --steps 2"
-    arguments = [*options.split(), "--repeats", "2", "--mode", "static", "--device", "cpu"]
+    arguments = [
+        *options.split(),
+        "--repeats",
+        "2",
+        "--lock",
+        str(folder / "lock"),
+        "--mode",
+        "static",
+        "--device",
+        "cpu",
+    ]
     arguments += ["--out", str(folder / "records.json"), "--plot", str(folder / "plot.png")]
     benchmark.app(arguments, standalone_mode=False)
     forget_loops()
@@ -41,9 +52,20 @@ def test_the_plot_is_drawn_from_the_records_alone(result):
     again = folder / "again.png"
     benchmark.app(["--draw", str(folder / "records.json"), "--plot", str(again)], standalone_mode=False)
     assert again.read_bytes() == (folder / "plot.png").read_bytes()
-    document["records"][0]["step_ms"]["median"] *= 2
-    benchmark.draw(document, again)
+    slower = copy.deepcopy(document)
+    slower["records"][0]["step_ms"]["median"] *= 2
+    benchmark.draw(slower, again)
     assert again.read_bytes() != (folder / "plot.png").read_bytes()
+
+
+def test_results_of_one_device_are_joined(result, tmp_path):
+    document, folder = result
+    both = ["--draw", str(folder / "records.json")] * 2
+    benchmark.app([*both, "--out", str(tmp_path / "joined.json")], standalone_mode=False)
+    joined = json.loads((tmp_path / "joined.json").read_text())
+    assert joined["records"] == document["records"] * 2
+    with pytest.raises(ValueError, match=r"different devices cannot be joined: .*another"):
+        benchmark.joined([document, document | {"device": {"type": "cpu", "name": "another"}}])
 
 
 def test_work_is_counted_by_hand():
