@@ -87,6 +87,14 @@ def test_the_paper_scale_is_the_published_protocol():
     assert {run.model.layers[1].options["num_heads"] for run in runs} == {2}
 
 
+@pytest.mark.parametrize(("scale", "count"), [("smoke", 2), ("laptop", 2), ("paper", 12)])
+def test_one_state_is_part_of_the_whole_sweep(scale, count):
+    runs = plan.load_sweep(ORDER.with_name("jrt_one_state.py"), scale)
+    whole = {run.run_id for run in plan.load_sweep(ORDER, scale)}
+    assert len({run.run_id for run in runs} & whole) == len(runs) == count
+    assert len({run.point_id for run in runs}) == len({run.architecture for run in runs}) == 2
+
+
 @pytest.mark.parametrize("scale", plan.SCALES)
 def test_every_causal_model_reads_one_to_three_times_the_same_questions(scale):
     runs = plan.load_sweep(PROMPT, scale)
@@ -157,11 +165,11 @@ def test_the_order_figure_draws_it(order_records):
 def test_the_passes_table_and_figure_have_what_was_put_in(passes_records):
     frame = results.from_records(passes_records)
     table = plots_jrt.passes_table(frame).set_index(["question", "architecture", "point"])
-    questions = {"mqar, 8 pairs", "sets of 2, then 24", "sets of 24, then 2"}
+    questions = {"mqar, 8 pairs", "sets of 2, then 32", "sets of 32, then 2"}
     assert set(table.index.get_level_values("question")) == questions
+    row = table.loc["mqar, 8 pairs", "based", "d_model=32 feature_dim=4"]
+    np.testing.assert_allclose(row[["1 pass", "2 passes", "3 passes"]].astype(float), [0.64, 0.74, 0.84])
     for question in questions:
-        row = table.loc[question, "based", "d_model=32 feature_dim=4"]
-        np.testing.assert_allclose(row[["1 pass", "2 passes", "3 passes"]].astype(float), [0.64, 0.74, 0.84])
         prefix = table.loc[question, "prefix_linear_attention", "d_model=32 feature_dim=1"]
         assert prefix["1 pass"] == pytest.approx(0.61)
         assert np.isnan(prefix["2 passes"])
@@ -169,7 +177,8 @@ def test_the_passes_table_and_figure_have_what_was_put_in(passes_records):
     look = plots_jrt.plot.styles(plots_jrt.plot.by_name(frame))["based"]
     for axis in figure.axes:
         curves = sorted(y for colour, _, x, y in lines_of(axis) if colour == look.color and x == [1, 2, 3])
-        np.testing.assert_allclose(curves, [[0.61, 0.71, 0.81], [0.64, 0.74, 0.84]])
+        states = (1, 2, 4) if axis.get_title().startswith("mqar") else (1,)
+        np.testing.assert_allclose(curves, [[0.6 + 0.01 * f, 0.7 + 0.01 * f, 0.8 + 0.01 * f] for f in states])
 
 
 def test_the_selected_learning_rate_is_drawn(make_record):
@@ -222,4 +231,4 @@ def test_the_notebook_draws_both_figures(order_records, passes_records, tmp_path
         assert len(figure[0]["data"]["image/png"]) > 20_000
     order, passes = (outputs[index][0]["data"]["text/plain"] for index in (2, 4))
     assert all(word in order for word in ("short set first", "long set first", "difference"))
-    assert all(word in passes for word in ("1 pass", "2 passes", "3 passes", "sets of 24, then 2", "mqar, 8 pairs"))
+    assert all(word in passes for word in ("1 pass", "2 passes", "3 passes", "sets of 32, then 2", "mqar, 8 pairs"))
