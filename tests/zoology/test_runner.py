@@ -6,8 +6,10 @@ import math
 import os
 
 import pytest
+import torch
 
 import zoology.runner.store as store
+from architectures import backends
 from architectures.backends import BackendError
 from zoology.config import SCHEMA_VERSION, TrainConfig
 from zoology.engines.local import Finished
@@ -455,6 +457,25 @@ def test_a_backend_that_cannot_run_here_stops_the_plan(make_run):
     with pytest.raises(PlanError, match="backend='triton' for Based: needs a CUDA device") as caught:
         plan.make_plan([run], "cpu")
     assert isinstance(caught.value.__cause__, BackendError)
+
+
+def test_a_backend_is_planned_for_in_the_precision_of_the_run(make_run, monkeypatch):
+    """fla's kernels of Kimi Delta Attention do float32 in TF32, which is up to the run."""
+    monkeypatch.setattr(plan, "check_precision", lambda *_: None)
+    monkeypatch.setattr(backends, "missing", lambda backend: None)
+
+    def planned(precision):
+        run = make_run(("base_conv", "kda"), precision=precision)
+        named = run.model.layers[1].model_copy(update={"options": {"backend": "fla"}})
+        return plan.make_plan(
+            [run.model_copy(update={"model": run.model.model_copy(update={"layers": (named,)})})], "cuda"
+        )
+
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(PlanError, match=r"backend='fla' for KimiDeltaAttention: .* in TF32: allowed are bfloat16"):
+        planned("fp32")
+    assert [run.config.train.precision for run in (*planned("tf32"), *planned("bf16"))] == ["tf32", "bf16"]
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_a_precision_that_the_device_lacks_stops_the_plan(make_run):

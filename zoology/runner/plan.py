@@ -16,7 +16,7 @@ import torch
 from architectures.mixer import SequenceMixer
 from zoology.config import ModelConfig, RunConfig, layer_options_text
 from zoology.model import LanguageModel
-from zoology.precision import check_precision
+from zoology.precision import check_precision, computing_in
 
 SCALES = ("smoke", "laptop", "paper")
 
@@ -173,8 +173,9 @@ def _measure(run: RunConfig, device: str) -> Size:
 def _check_backends(model: LanguageModel, run: RunConfig, lengths: Iterable[int], device: str) -> None:
     """A backend that was named runs or is refused here, before the first run."""
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    for module in model.modules():
-        if isinstance(module, SequenceMixer) and module.backend != "auto":
+    named = [m for m in model.modules() if isinstance(m, SequenceMixer) and m.backend != "auto"]
+    with computing_in(run.train.precision, device):
+        for module in named:
             for length in lengths:
                 module.resolve_backend(device, dtype, length)
 
