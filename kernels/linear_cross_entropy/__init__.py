@@ -101,11 +101,17 @@ def triton_refusal(hidden: Tensor) -> str | None:
         return f"hidden is on {hidden.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
     if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"hidden has dtype {hidden.dtype}; allowed: bfloat16, float16, float32"
-    if hidden.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" and not TRITON_INTERPRETED:
+    if hidden.dtype == torch.float32 and _products_are_exact() and not TRITON_INTERPRETED:
         return "float32 products must be exact; allowed: torch.set_float32_matmul_precision('high'), or 16-bit inputs"
     if hidden.shape[1] > MAX_TRITON_WIDTH:
         return f"hidden has width {hidden.shape[1]}; allowed: up to {MAX_TRITON_WIDTH}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _products_are_exact() -> bool:
+    """Whether float32 products must not round. The compiler cannot trace the question, but guards the answer."""
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:

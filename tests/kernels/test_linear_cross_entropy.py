@@ -1,5 +1,6 @@
 """Linear cross-entropy: every backend has the loss and gradients of plain PyTorch, whatever the shape."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 
 from kernels.linear_cross_entropy import linear_argmax, linear_cross_entropy
 from kernels.linear_cross_entropy.reference import linear_cross_entropy_chunked
+
+implementation = importlib.import_module("kernels.linear_cross_entropy")
 
 # N, D, V: blocks of 64 and 128 that fit, that do not, and one row.
 SHAPES = [(1, 16, 33), (70, 24, 150), (129, 48, 300), (64, 64, 256)]
@@ -92,6 +95,18 @@ def test_large_logits_do_not_overflow():
 def test_argmax_is_argmax():
     hidden, weight, _ = example(50, 8, 30)
     assert torch.equal(linear_argmax(hidden, weight, chunk_size=7), (hidden @ weight.T).argmax(-1))
+
+
+def test_the_choice_of_a_backend_can_be_traced(monkeypatch):
+    """On a GPU it asks for the precision of float32 products, which torch.compile cannot trace by itself."""
+    monkeypatch.setattr(implementation, "TRITON_INTERPRETED", True)
+    hidden, weight, targets = example(12, 8, 20, torch.float32)
+    traced = torch.compile(
+        lambda h: implementation.linear_cross_entropy(h, weight, targets, backend="reference"),
+        fullgraph=True,
+        backend="eager",
+    )
+    assert torch.equal(traced(hidden), linear_cross_entropy(hidden, weight, targets, backend="reference"))
 
 
 @pytest.mark.parametrize(
