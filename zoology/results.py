@@ -57,7 +57,8 @@ def failures(directory: Path | str) -> pd.DataFrame:
 
 def from_records(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """`load` for results that are in memory."""
-    return pd.DataFrame([row for record in records for row in _rows(record)])
+    with store.no_garbage_collection():
+        return pd.DataFrame([row for record in records for row in _rows(record)])
 
 
 def _rows(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -112,7 +112,7 @@ def scan(directory: Path | str) -> Scan:
         entries = sorted(entry.name for entry in os.scandir(directory) if RUN_ID.fullmatch(entry.name))
     except OSError as error:
         raise ResultsError(f"results directory {directory}: {error.strerror or error}") from None
-    with _no_garbage_collection():
+    with no_garbage_collection():
         _read_runs(directory, entries, found)
     return found
 
@@ -134,7 +134,7 @@ def _read_runs(directory: Path | str, run_ids: Iterable[str], found: Scan) -> No
 
 
 @contextmanager
-def _no_garbage_collection():
+def no_garbage_collection():
     """Millions of small objects that all stay: collecting among them takes longer than reading them."""
     enabled = gc.isenabled()
     gc.disable()
