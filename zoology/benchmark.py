@@ -396,7 +396,7 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Step times of a result as bars: the plain loop, each precision, and its floor as a mark."""
+    """Step times as bars: the plain loop, each precision, its floor as a mark; what was not measured is left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -405,7 +405,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from zoology.plot import COLOURS
 
     records = result["records"]
-    shapes = list(dict.fromkeys((record["seq_len"], record["num_kv_pairs"]) for record in records))
+    shapes = sorted({(record["seq_len"], record["num_kv_pairs"]) for record in records})
     precisions = list(dict.fromkeys(record["precision"] for record in records))
     models = list(dict.fromkeys(record["model"] for record in records))
     figure, axes = plt.subplots(1, len(shapes), figsize=(5.5 * len(shapes), 1.2 + 0.75 * len(models)), squeeze=False)
@@ -413,22 +413,26 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axis, shape in zip(axes[0], shapes):
         found = {(r["model"], r["precision"]): r for r in records if (r["seq_len"], r["num_kv_pairs"]) == shape}
         at = np.arange(len(models))
-        plain = [next(r["baseline_step_ms"]["median"] for (m, _), r in found.items() if m == model) for model in models]
-        axis.barh(at, plain, height, color="#BBBBBB", label="plain loop, float32")
+        plain = {m: r["baseline_step_ms"]["median"] for (m, _), r in found.items() if r["baseline_step_ms"]}
+        if plain:
+            times = [plain.get(m, np.nan) for m in models]
+            axis.barh(at, times, height, color="#BBBBBB", label="plain loop, float32")
         for index, precision in enumerate(precisions, 1):
-            chosen = [found[model, precision] for model in models]
+            chosen = [found.get((model, precision)) for model in models]
+            times = [r["step_ms"]["median"] if r else np.nan for r in chosen]
+            floors = [r["floor"]["ms"] if r else np.nan for r in chosen]
             y = at + index * height
-            axis.barh(y, [r["step_ms"]["median"] for r in chosen], height, color=COLOURS[index], label=precision)
-            label = "floor" if index == len(precisions) else None
-            axis.plot([r["floor"]["ms"] for r in chosen], y, "k|", markersize=9, label=label)
+            axis.barh(y, times, height, color=COLOURS[index], label=precision)
+            axis.plot(floors, y, "k|", markersize=9, label="floor" if index == len(precisions) else None)
         axis.set_yticks(at + height * len(precisions) / 2, models if axis is axes[0][0] else [""] * len(models))
         axis.invert_yaxis()
         axis.set_xscale("log")
         axis.set_xlabel("milliseconds per training step")
         axis.set_title(f"T = {shape[0]}, {shape[1]} pairs, batch {records[0]['batch_size']}")
-    axes[0][-1].legend(loc="lower right", fontsize="small")
+    handles, labels = axes[0][0].get_legend_handles_labels()
     figure.suptitle(result["device"]["name"])
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -136,9 +136,13 @@ def _weight_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     SHIFT: tl.constexpr,
+    ONE: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """dW of BM symbols from one part of the rows: sum_n (2^(s - logsumexp) - onehot) h, times the rows' share."""
+    """dW of BM symbols from one part of the rows: sum_n (2^(s - logsumexp) - onehot) h, times the rows' share.
+
+    Inside, everything is scaled by ONE = 2^SHIFT.
+    """
     i_m, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_m = i_m * BM + tl.arange(0, BM)
     o_d = tl.arange(0, DP)
@@ -158,10 +162,10 @@ def _weight_kernel(
         b_h = tl.load(h + o_n[:, None] * D + o_d[None, :], mask=(o_n < N)[:, None] & (o_d < D)[None, :], other=0.0)
         b_s = tl.dot(b_w, tl.trans(b_h), input_precision=PREC)  # [BM, BN]
         hot = o_m.to(tl.int32)[:, None] == b_t[None, :]
-        b_p = tl.exp2(b_s * LOG2E - (b_log - SHIFT)[None, :]) - tl.where(hot, 1 << SHIFT, 0).to(tl.float32)
+        b_p = tl.exp2(b_s * LOG2E - (b_log - SHIFT)[None, :]) - tl.where(hot, ONE, 0.0)
         b_acc = tl.dot(b_p.to(b_h.dtype), b_h, b_acc, input_precision=PREC)
         b_log, b_t = b_next_log, b_next_t
-    b_acc *= tl.load(share) / (1 << SHIFT)
+    b_acc *= tl.load(share) / ONE
     tl.store(dw + (i_s * V + o_m)[:, None] * D + o_d[None, :], b_acc.to(dw.dtype.element_ty), mask=m_md)
 
 
@@ -328,6 +332,7 @@ def linear_cross_entropy_triton(
         by_symbol.BM,
         by_symbol.BN,
         shift,
+        float(1 << shift),
         prec,
         **options,
     )
