@@ -108,10 +108,13 @@ def triton_refusal(hidden: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _products_are_exact() -> bool:
     """Whether float32 products must not round. The compiler cannot trace the question, but guards the answer."""
     return torch.get_float32_matmul_precision() == "highest"
+
+
+# What `torch.compiler.assume_constant_result` does, which as a decorator would import the compiler and Triton here.
+_products_are_exact._dynamo_marked_constant = True
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
