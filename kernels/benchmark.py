@@ -1,7 +1,7 @@
 """Time the operations beside every installed peer and the limit of the machine.
 
     python -m kernels.benchmark [OP ...] [--lengths 2048,8192,32768] [--out FILE.json]
-    python -m kernels.benchmark --draw FILE.json --plot FILE.png
+    python -m kernels.benchmark --draw FILE.json [--plot FILE.png] [--page FILE.md]
 
 Every implementation first answers for its result: output and gradients at a small size against float64, in the
 function it claims to compute. One that is wrong gets no row. Peers that compute another function with the same
@@ -33,6 +33,7 @@ from kernels.taylor_linear_attention import TaylorState, num_taylor_features
 from kernels.taylor_linear_attention.reference import taylor_state_reference
 
 CHUNK = 64  # of the operation count: what is inside a chunk is quadratic
+TABLE_START, TABLE_END = "<!-- measured -->", "<!-- end -->"
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}
 
 
@@ -371,6 +372,42 @@ def plot(records: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def table(records: dict) -> str:
+    """The measured rows of our operations and of their peers as Markdown, from the records alone."""
+    found, limits = records["environment"], records["ceilings"]
+    lines = [
+        f"{found['device']}, torch {found['torch']}, Triton {found['triton']}, commit {found['commit'][:12]}; "
+        f"copy {limits['copy_tb_per_s']:.2f} TB/s, bf16 product {limits['bf16_tflop_per_s']:.0f} TFLOP/s.",
+        "",
+        "| operation | shape | | implementation | ms (20th to 80th percentile) | TB/s | TFLOP/s | share of the limit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in records["rows"]:
+        if "ms" not in row:
+            continue
+        cells = (
+            row["op"],
+            " ".join(f"{key}{value}" for key, value in row["shape"].items()),
+            row["direction"],
+            row["implementation"],
+            f"{row['ms']:.4g} ({row['ms_20']:.4g} to {row['ms_80']:.4g})",
+            f"{row['tb_per_s']:.2f}",
+            f"{row['tflop_per_s']:.1f}",
+            f"{row['share_of_limit']:.1%}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_table(page: str, records: dict) -> str:
+    """`page` with the table of `records` between its markers. Raises ValueError for a page without them."""
+    before, start, rest = page.partition(TABLE_START)
+    _, end, after = rest.partition(TABLE_END)
+    if not (start and end):
+        raise ValueError(f"the page has no {TABLE_START} followed by {TABLE_END}")
+    return f"{before}{start}\n{table(records)}\n{end}{after}"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.benchmark", description=__doc__.split("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(OPS)}; all without one")
@@ -378,9 +415,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the records here, as JSON")
     parser.add_argument("--draw", type=Path, help="draw these records instead of measuring")
     parser.add_argument("--plot", type=Path, help="the figure to write")
+    parser.add_argument("--page", type=Path, help="with --draw: a Markdown file whose table is to be renewed")
     args = parser.parse_args(argv)
     if args.draw:
-        plot(json.loads(args.draw.read_text()), args.plot or args.draw.with_suffix(".png"))
+        records = json.loads(args.draw.read_text())
+        plot(records, args.plot or args.draw.with_suffix(".png"))
+        if args.page:
+            args.page.write_text(write_table(args.page.read_text(), records))
         return
     if unknown := [op for op in args.ops if op not in OPS]:
         parser.error(f"unknown operation {unknown[0]!r}; allowed: {', '.join(OPS)}")

@@ -195,14 +195,16 @@ def choose_backend(backend: str, q: Tensor) -> str:
 
 
 def triton_refusal(q: Tensor) -> str | None:
-    """Why the Triton kernels do not take this input, or None if they do."""
+    """Why the Triton kernels do not take q [B, T, H, f], or [B, H, f] for a step; None if they do."""
     if not TRITON_INSTALLED:
         return "Triton is not installed (pip install 'zoology[gpu]')"
     if q.device.type != "cuda" and not TRITON_INTERPRETED:
         return f"q is on {q.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"q has dtype {q.dtype}; allowed: bfloat16, float16, float32"
-    allowed = MAX_TRITON_FEATURE_DIM if q.dtype == torch.bfloat16 else MAX_TRITON_FEATURE_DIM // 2
+    # The kernels over a sequence keep the state on chip, in shared memory next to their tiles; a step streams it.
+    streams = q.dim() == 3 or q.dtype == torch.bfloat16
+    allowed = MAX_TRITON_FEATURE_DIM if streams else MAX_TRITON_FEATURE_DIM // 2
     if q.shape[-1] > allowed:
         return f"the feature dimension is {q.shape[-1]}; allowed: up to {allowed} in {q.dtype} (shared memory)"
     return None

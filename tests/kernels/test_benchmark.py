@@ -1,6 +1,7 @@
 """The benchmark's records, without a device: what is refused, printed and drawn."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,3 +74,22 @@ def test_bad_command_lines(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["matmul"])
     assert "unknown operation 'matmul'; allowed: taylor_linear_attention" in capsys.readouterr().err
+
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "experiments" / "results" / "kernels" / "benchmark.json"
+
+
+def test_the_committed_page_is_made_from_the_committed_records():
+    page = (ROOT / "kernels" / "taylor_linear_attention" / "README.md").read_text()
+    assert benchmark.write_table(page, json.loads(RECORDS.read_text())) == page
+
+
+def test_the_table_shows_the_records():
+    records = json.loads(RECORDS.read_text())
+    records["rows"] = [r for r in records["rows"] if r["implementation"] == "ours"][:1]
+    records["rows"][0] |= {"ms": 1.25, "ms_20": 1.0, "ms_80": 1.5, "share_of_limit": 0.25}
+    assert "| ours | 1.25 (1 to 1.5) |" in benchmark.table(records)
+    assert benchmark.table(records).endswith("| 25.0% |")
+    with pytest.raises(ValueError, match="has no <!-- measured -->"):
+        benchmark.write_table("nothing", records)

@@ -1,5 +1,6 @@
 """Taylor linear attention and its prefix form: the reference against the formula, the kernels against the reference."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -304,6 +305,18 @@ def test_bad_input_is_refused_with_the_rule(arguments, message):
 def test_bad_prefix_is_refused_with_the_rule(arguments, message):
     with pytest.raises(ValueError, match=message):
         prefix_linear_attention(**bad(prefix_k=torch.randn(2, 4, 3, 4), prefix_v=torch.randn(2, 4, 3, 5)) | arguments)
+
+
+def test_wide_features_fit_where_the_state_is_streamed(monkeypatch):
+    """A sequence of 32 features keeps its state on chip, which float32 is too large for; a step does not."""
+    implementation = importlib.import_module("kernels.taylor_linear_attention")
+    monkeypatch.setattr(implementation, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(implementation, "TRITON_INTERPRETED", True)
+    sequence, step = torch.zeros(1, 4, 1, 32), torch.zeros(1, 1, 32)
+    assert "allowed: up to 16 in torch.float32" in implementation.triton_refusal(sequence)
+    assert implementation.triton_refusal(sequence.bfloat16()) is None
+    assert implementation.triton_refusal(step) is None
+    assert "allowed: up to 32" in implementation.triton_refusal(torch.zeros(1, 1, 33))
 
 
 def test_step_refuses_what_does_not_fit():
