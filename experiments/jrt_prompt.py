@@ -35,16 +35,15 @@ def smoke() -> list[RunConfig]:
 
 def laptop() -> list[RunConfig]:
     """On two cores in minutes: 8 pairs at several states, and sets of 2 and 32 in both orders at the smallest one."""
-    prefix = layer("prefix_linear_attention", feature_dim=1)
+    models = ("based", "prefix_linear_attention")
     for_pairs = [
-        *(layer("based", feature_dim=feature_dim) for feature_dim in (1, 2, 4)),
+        *(layer(name, feature_dim=feature_dim) for name in models for feature_dim in (1, 2, 4)),
         *(layer("deltanet", num_heads=1, head_dim=head_dim) for head_dim in (4, 8)),
-        prefix,
     ]
     asked = (MQAR(vocab_size=64, seq_len=32, num_kv_pairs=8), 20_000)
     pairs = [(MQAR(vocab_size=64, seq_len=16, num_kv_pairs=4), 10_000), asked]
     sizes = [(sets(80, 2, 4), 20_000), (sets(80, 2, 32), 100_000), (sets(80, 32, 2), 100_000)]
-    for_sizes = [layer("based", feature_dim=1), prefix]
+    for_sizes = [layer(name, feature_dim=1) for name in models]
     common = {"width": 32, "embed_dropout": 0.0, "schedule": "step", "batch_size": 64}
     return [
         *runs(pairs, [asked], for_pairs, 64, n_layers=2, epochs=4, rates=[1e-2], **common),

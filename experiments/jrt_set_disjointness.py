@@ -40,9 +40,10 @@ def laptop() -> list[RunConfig]:
         num_validation=500,
         batch_size=64,
     )
+    states = ((16, 1), (24, 1), (32, 1), (32, 4))
     models = [
-        (name, model(name, 80, d_model=32, feature_dim=feature_dim))
-        for feature_dim in (1, 4)
+        (name, model(name, 80, d_model=width, feature_dim=feature_dim))
+        for width, feature_dim in states
         for name in (CAUSAL, PREFIX)
     ]
     return runs(models, data, [5e-3], seeds=1, epochs=3, schedule="step", stop_accuracy=None)

@@ -39,6 +39,7 @@ def order(frame: pd.DataFrame):
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import NullLocator
 
     table = _ordered(frame)
     looks = plot.styles(plot.by_name(frame))
@@ -58,7 +59,10 @@ def order(frame: pd.DataFrame):
                     best = points.sort_values("accuracy").drop_duplicates("state_bytes", keep="last")
                     _line(axis, best.sort_values("state_bytes"), "state_bytes", look, filled)
             axis.axhline(1 / short, color="0.45", lw=0.9, ls=":")
-            axis.set(xscale="log", ylim=(-0.02, 1.03), title=f"sets of {short} and {long}")
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:,.0f}")
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.set(ylim=(-0.02, 1.03), title=f"sets of {short} and {long}")
             axis.grid(True, axis="y", color="0.9", lw=0.6)
         figure.supxlabel("recurrent state (bytes per sequence, all layers)", fontsize=9)
         figure.supylabel("test accuracy", fontsize=9)

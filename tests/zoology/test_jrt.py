@@ -1,5 +1,6 @@
 """The experiments of "Just read twice", their figures and their notebook, on records that are made up."""
 
+import json
 from pathlib import Path
 
 import matplotlib.colors
@@ -9,6 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 from zoology import plots_jrt, results
+from zoology.config import RunConfig
 from zoology.runner import plan
 from zoology.runner.driver import run_sweep
 from zoology.runner.store import to_json, write_atomically
@@ -209,7 +211,7 @@ def test_what_cannot_be_drawn_is_said(order_records, passes_records, results_dir
     assert list(tmp_path.iterdir()) == []
 
 
-# -- notebook ---------------------------------------------------------------------------------------------
+# -- notebook and committed records -----------------------------------------------------------------------
 
 
 def write(records, directory):
@@ -232,3 +234,15 @@ def test_the_notebook_draws_both_figures(order_records, passes_records, tmp_path
     order, passes = (outputs[index][0]["data"]["text/plain"] for index in (2, 4))
     assert all(word in order for word in ("short set first", "long set first", "difference"))
     assert all(word in passes for word in ("1 pass", "2 passes", "3 passes", "sets of 32, then 2", "mqar, 8 pairs"))
+
+
+@pytest.mark.parametrize("path", [ORDER, PROMPT], ids=lambda path: path.stem)
+def test_the_committed_records_are_those_of_the_laptop_scale(path):
+    """Every run that the experiment plans has its record, and a further record differs in its seed only."""
+    records = results.load_records(ROOT / "experiments" / "results" / path.stem)
+    planned = {run.run_id: run for run in plan.load_sweep(path, "laptop")}
+    for record in records:
+        run = RunConfig.model_validate_json(json.dumps(record["config"]))
+        assert run.run_id == record["run_id"]
+        assert run.model_copy(update={"seed": 0}).run_id in planned
+    assert set(planned) <= {record["run_id"] for record in records}
