@@ -34,7 +34,7 @@ def smoke() -> list[RunConfig]:
 
 
 def laptop() -> list[RunConfig]:
-    """On two cores in minutes: 8 pairs at several states, and sets of 2 and 32 in both orders at the smallest one."""
+    """On two cores in minutes: 8 pairs, and sets of 2 and 32 in both orders, at several states."""
     models = ("based", "prefix_linear_attention")
     for_pairs = [
         *(layer(name, feature_dim=feature_dim) for name in models for feature_dim in (1, 2, 4)),
@@ -44,10 +44,11 @@ def laptop() -> list[RunConfig]:
     pairs = [(MQAR(vocab_size=64, seq_len=16, num_kv_pairs=4), 10_000), asked]
     sizes = [(sets(80, 2, 4), 20_000), (sets(80, 2, 32), 100_000), (sets(80, 32, 2), 100_000)]
     for_sizes = [layer(name, feature_dim=1) for name in models]
-    common = {"width": 32, "embed_dropout": 0.0, "schedule": "step", "batch_size": 64}
+    common = {"embed_dropout": 0.0, "schedule": "step", "batch_size": 64}
     return [
-        *runs(pairs, [asked], for_pairs, 64, n_layers=2, epochs=4, rates=[1e-2], **common),
-        *runs(sizes, sizes[1:], for_sizes, 80, n_layers=4, epochs=2, rates=[5e-3], **common),
+        *runs(pairs, [asked], for_pairs, 64, width=32, n_layers=2, epochs=4, rates=[1e-2], **common),
+        *runs(sizes, sizes[1:], for_sizes, 80, width=16, n_layers=4, epochs=2, rates=[5e-3], **common),
+        *runs(sizes, sizes[1:], for_sizes, 80, width=32, n_layers=4, epochs=2, rates=[5e-3], **common),
     ]
 
 
