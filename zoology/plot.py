@@ -6,7 +6,7 @@ python -m zoology.plot DIR
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -249,22 +249,32 @@ def save_figure(figure, directory: Path | str, stem: str) -> list[Path]:
     return paths
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m zoology.plot DIR [--out DIR]`: draw the figure of a results directory."""
+def draw_command(
+    module: str,
+    draws: str,
+    draw: Callable[[pd.DataFrame, Path], list[Path]],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """`python -m MODULE DIR [--out DIR]`: load a results directory, `draw` it, print the files; the exit code."""
     import argparse
     import sys
 
-    parser = argparse.ArgumentParser(prog="python -m zoology.plot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=f"Draw {draws} from results alone.")
     parser.add_argument("directory", help="results directory")
-    parser.add_argument("--out", help="where to write tradeoff.png and tradeoff.svg (default: the results directory)")
+    parser.add_argument("--out", help="where to write the figures (default: the results directory)")
     options = parser.parse_args(arguments)
     try:
-        paths = save_all(results.load(options.directory), options.out or options.directory)
+        paths = draw(results.load(options.directory), Path(options.out or options.directory))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(map(str, paths)))
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m zoology.plot DIR [--out DIR]`: draw the figure of a results directory."""
+    return draw_command("zoology.plot", "accuracy against recurrent state", save_all, arguments)
 
 
 if __name__ == "__main__":

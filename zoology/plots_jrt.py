@@ -191,24 +191,14 @@ def _question(task: Task) -> str:
     return task.name if pairs is None else f"{task.name}, {pairs} pairs"
 
 
+def save_all(frame: pd.DataFrame, directory: Path) -> list[Path]:
+    """Write every figure that the results have data for."""
+    return [path for stem, figure in figures(frame).items() for path in plot.save_figure(figure, directory, stem)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m zoology.plots_jrt DIR [--out DIR]`: draw what the results directory has data for."""
-    import argparse
-    import sys
-
-    parser = argparse.ArgumentParser(prog="python -m zoology.plots_jrt", description=__doc__.splitlines()[0])
-    parser.add_argument("directory", help="results directory")
-    parser.add_argument("--out", help="where to write order.png or passes.png (default: the results directory)")
-    options = parser.parse_args(arguments)
-    try:
-        made = figures(results.load(options.directory))
-        directory = Path(options.out or options.directory)
-        paths = [path for stem, figure in made.items() for path in plot.save_figure(figure, directory, stem)]
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(map(str, paths)))
-    return 0
+    return plot.draw_command("zoology.plots_jrt", "reading order and reading twice", save_all, arguments)
 
 
 if __name__ == "__main__":
