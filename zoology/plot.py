@@ -264,7 +264,10 @@ def draw_command(
     parser.add_argument("--out", help="where to write the figures (default: the results directory)")
     options = parser.parse_args(arguments)
     try:
-        paths = draw(results.load(options.directory), Path(options.out or options.directory))
+        target = Path(options.out or options.directory)
+        frame = results.load(options.directory)
+        target.mkdir(parents=True, exist_ok=True)
+        paths = draw(frame, target)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
