@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architectures import backends
-from architectures.layers import merge_heads, rotary, split_heads
+from architectures.layers import check_room, merge_heads, rotary, split_heads
 from architectures.mixer import SequenceMixer, divide_heads
 from architectures.registry import register
 from kernels.taylor_linear_attention import autocast_inputs
@@ -139,11 +139,7 @@ class Attention(SelfAttention):
     def prefill(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         self.check_state(x, state)
         length, capacity = x.shape[1], state.keys.shape[1]
-        # Reading the position on a GPU would wait for it; there index_copy_ itself traps a cache overrun.
-        if x.device.type == "cpu" and int(state.position) + length > capacity:
-            raise ValueError(
-                f"the state holds max_seq_len={capacity} tokens, {int(state.position)} are in it, {length} more came"
-            )
+        check_room(state.position, length, capacity)
         positions = state.position + torch.arange(length, device=x.device)
         q, k, v = self._project(x, positions)
         keys = state.keys.index_copy_(1, positions, k.to(state.keys.dtype))

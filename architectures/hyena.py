@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from architectures.layers import ShortConvolution
-from architectures.long_conv import check_room, convolve_on, filter_clock
+from architectures.layers import ShortConvolution, check_room
+from architectures.long_conv import convolve_on, filter_clock
 from architectures.mixer import SequenceMixer
 from architectures.registry import register
 from kernels.fft_conv import fft_conv

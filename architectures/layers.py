@@ -22,6 +22,14 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.flatten(-2)
 
 
+def check_room(position: Tensor, length: int, capacity: int) -> None:
+    """Refuse tokens beyond the capacity of a state that grows with the sequence. Raises ValueError."""
+    # Reading the position on a GPU would wait for it; what can be told there is the length alone.
+    seen = int(position) if position.device.type == "cpu" else 0
+    if seen + length > capacity:
+        raise ValueError(f"the state holds max_seq_len={capacity} tokens, {seen} are in it, {length} more came")
+
+
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution over a few tokens: y_t = sum_j w_j x_{t-j} (+ b), j < kernel_size.
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from architectures.layers import check_room
 from architectures.mixer import SequenceMixer
 from architectures.registry import register
 from kernels.fft_conv import fft_conv, fft_conv_step
@@ -31,14 +32,6 @@ def convolve_on(x: Tensor, taps: Tensor, history: Tensor) -> tuple[Tensor, Tenso
     else:
         y = fft_conv(x, taps, history=history)
     return y, torch.cat([history, tokens.to(history.dtype)], dim=1)[:, tokens.shape[1] :]
-
-
-def check_room(position: Tensor, length: int, capacity: int) -> None:
-    """Refuse tokens beyond the history's capacity, whose convolution would silently miss the oldest inputs."""
-    # Reading the position on a GPU would wait for it; what can be told there is the length alone.
-    seen = int(position) if position.device.type == "cpu" else 0
-    if seen + length > capacity:
-        raise ValueError(f"the state holds max_seq_len={capacity} tokens, {seen} are in it, {length} more came")
 
 
 class LongConvState(NamedTuple):

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
-import architectures
 from architectures import registry
 from zoology.schema import Schema
 from zoology.tasks import AnyTask, dataset_hash
@@ -240,18 +239,6 @@ def _dataset_hashes(config: DataConfig) -> tuple[tuple[str, tuple[str, ...]], ..
         (split, tuple(dataset_hash(part.task, split, part.num_examples, config.seed) for part in parts))
         for split, parts in splits
     )
-
-
-def check_buildable(config: RunConfig) -> None:
-    """Build every mixer once without memory, so that a wrong option stops the plan and not the run.
-
-    Raises ValueError with the architecture's own message.
-    """
-    import torch
-
-    with torch.device("meta"):
-        for spec in config.model.layers:
-            architectures.create(spec.name, d_model=config.model.d_model, **spec.options)
 
 
 def _digest(*parts: Any) -> str:

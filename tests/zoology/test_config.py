@@ -12,10 +12,10 @@ from zoology.config import (
     RunConfig,
     Slice,
     TrainConfig,
-    check_buildable,
     layer,
     learning_rates,
 )
+from zoology.runner.plan import make_plan
 from zoology.tasks import MQAR
 
 
@@ -118,4 +118,4 @@ def test_bad_values_are_named(build, message):
 def test_a_wrong_shape_stops_the_plan_with_the_mixers_own_words():
     model = ModelConfig(**MODEL | {"layers": [layer("attention", num_heads=3)]})
     with pytest.raises(ValueError, match=r"num_heads=3 does not divide d_model=16: allowed are \[1, 2, 4, 8, 16\]"):
-        check_buildable(RunConfig(**RUN | {"model": model}))
+        make_plan([RunConfig(**RUN | {"model": model})], "cpu")
