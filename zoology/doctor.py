@@ -7,10 +7,14 @@ would have used.
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
 import platform
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -18,15 +22,19 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 import architectures
 from architectures import backends, parity
 from architectures.mixer import SequenceMixer
+from zoology.engines.isolated import Died, run_isolated
 
 Status = Literal["used", "available", "missing", "refused", "failed"]
 STYLES = {"used": "bold green", "available": "green", "missing": "yellow", "refused": "dim", "failed": "bold red"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+CASE_SECONDS = 300.0
+"""After this time a backend hangs: the slowest, cold, with all its kernels to tune, takes a tenth of it."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -48,6 +56,17 @@ class Row(NamedTuple):
     reason: str = ""
 
 
+class Case(NamedTuple):
+    """What is tried at a time."""
+
+    architecture: str
+    dtype: torch.dtype
+    backend: str
+    device: str
+    d_model: int
+    seq_len: int
+
+
 class Report(NamedTuple):
     """What `examine` found: the machine, a row for every backend, and what could be installed."""
 
@@ -63,16 +82,32 @@ class Report(NamedTuple):
 
 
 def examine(
-    names: Sequence[str], device: torch.device, dtypes: Sequence[torch.dtype], *, d_model: int = 64, seq_len: int = 256
+    names: Sequence[str],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    *,
+    d_model: int = 64,
+    seq_len: int = 256,
+    jobs: int = 1,
+    files: Sequence[Path] = (),
+    on_tried: Callable[[Row, int, int], Any] = lambda row, done, total: None,
 ) -> Report:
-    """Try every backend of every named architecture, with default options at this width and length."""
-    rows = []
+    """Try every backend of every named architecture, with default options at this width and length.
+
+    With `jobs` above 1 each is tried in one of as many worker processes, which register the architectures of `files`:
+    a backend that kills its process, leaves the GPU unusable or hangs has failed, and the others never notice.
+    `on_tried` is called with the row of a backend, how many have been tried, and how many there are.
+    """
+    cases = []
     for name in names:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            mixer = architectures.create(name, d_model=d_model).to(device)
-        for dtype in dtypes:
-            rows += examine_mixer(name, mixer, device, dtype, seq_len)
+        with torch.device("meta"):
+            tried = architectures.create(name, d_model=d_model).backends
+        cases += [Case(name, dtype, backend, str(device), d_model, seq_len) for dtype in dtypes for backend in tried]
+    found: dict[Case, tuple[Row, bool | None]] = {}
+    for case, (row, passed) in _tried(cases, jobs, files):
+        found[case] = row, passed
+        on_tried(row, len(found), len(cases))
+    rows = _judged(found[case] for case in cases)
     absent = {row.backend: row for row in rows if row.status == "missing"}
     advice = []
     for backend, row in absent.items():
@@ -81,24 +116,73 @@ def examine(
     return Report(machine(device), {"d_model": d_model, "seq_len": seq_len}, rows, advice)
 
 
-def examine_mixer(name: str, mixer: SequenceMixer, device: torch.device, dtype: torch.dtype, seq_len: int) -> list[Row]:
-    """A row for every backend of one mixer, fastest first. Those after the one that `auto` takes are tried as well."""
-    rows: list[Row] = []
-    taken = False
-    for backend in mixer.backends:
-        row = Row(name, _short(dtype), backend, "available")
-        reason = backends.refusal(mixer, backend, device, dtype, seq_len)
-        if reason is not None:
-            status = "missing" if reason == backends.missing(backend) else "refused"
-            rows.append(row._replace(status=status, reason=reason))
-            continue
-        row, passed = _measured(row, mixer, device, dtype, seq_len)
-        if not passed:
+def _tried(cases: list[Case], jobs: int, files: Sequence[Path]) -> Iterator[tuple[Case, tuple[Row, bool | None]]]:
+    if jobs == 1:
+        yield from ((case, try_backend(case)) for case in cases)
+        return
+    # References need no compiler: they fill up the end.
+    order = sorted(cases, key=lambda case: case.backend == "reference")
+    threads = max(1, _cores() // jobs)
+    calls = run_isolated(
+        try_backend,
+        [(case,) for case in order],
+        jobs=jobs,
+        initializer=_start_worker,
+        initargs=(threads, tuple(map(str, files))),
+        timeout=CASE_SECONDS,
+    )
+    for index, answer in calls:
+        case = order[index]
+        if isinstance(answer, Died):
+            answer = Row(case.architecture, _short(case.dtype), case.backend, "failed", reason=answer.reason), False
+        yield case, answer
+
+
+def _start_worker(threads: int, files: Sequence[str]) -> None:
+    faulthandler.enable()
+    torch.set_num_threads(threads)
+    for path in files:
+        architectures.load_file(path)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def try_backend(case: Case) -> tuple[Row, bool | None]:
+    """The row of one backend, and whether it passed; None where there was nothing to try."""
+    device = torch.device(case.device)
+    mixer = _mixer(case.architecture, case.d_model, device)
+    row = Row(case.architecture, _short(case.dtype), case.backend, "available")
+    reason = backends.refusal(mixer, case.backend, device, case.dtype, case.seq_len)
+    if reason is not None:
+        status = "missing" if reason == backends.missing(case.backend) else "refused"
+        return row._replace(status=status, reason=reason), None
+    try:
+        return _measured(row, mixer, device, case.dtype, case.seq_len)
+    except Exception as error:
+        return row._replace(reason=f"{type(error).__name__}: {error}"), False
+
+
+def _mixer(name: str, d_model: int, device: torch.device) -> SequenceMixer:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return architectures.create(name, d_model=d_model).to(device)
+
+
+def _judged(found: Iterable[tuple[Row, bool | None]]) -> list[Row]:
+    """Statuses of rows that come fastest first: `auto` uses the first of an architecture and dtype that passed."""
+    rows, taken = [], set()
+    for row, passed in found:
+        group = (row.architecture, row.dtype)
+        if passed is None:
+            status = row.status
+        elif not passed:
             # Once a faster one is taken a failure costs nobody anything, but it is still no backend to name.
-            status = "refused" if taken else "failed"
+            status = "refused" if group in taken else "failed"
         else:
-            status = "available" if taken else "used"
-            taken = True
+            status = "available" if group in taken else "used"
+            taken.add(group)
         rows.append(row._replace(status=status))
     return rows
 
@@ -208,6 +292,23 @@ def choose_device(text: str) -> torch.device:
     return device
 
 
+@contextmanager
+def _progress() -> Iterator[Callable[[Row, int, int], None]]:
+    """What to call with each row that was tried: a bar on a terminal, lines elsewhere, on standard error."""
+    console, started = Console(stderr=True), time.monotonic()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
+
+        def on_tried(row: Row, done: int, total: int) -> None:
+            what = f"{row.architecture} {row.dtype} {row.backend}"
+            if console.is_terminal:
+                bar.update(task, completed=done, total=total, description=what)
+            else:
+                print(f"[{done}/{total}] {time.monotonic() - started:.0f} s: {what}", file=sys.stderr, flush=True)
+
+        yield on_tried
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
@@ -216,6 +317,9 @@ def doctor(
     dtypes: Annotated[str | None, typer.Option(help=f"from {', '.join(DTYPES)}; default: float32,bfloat16")] = None,
     d_model: Annotated[int, typer.Option(help="width to try")] = 64,
     seq_len: Annotated[int, typer.Option(help="length to try")] = 256,
+    jobs: Annotated[
+        int | None, typer.Option(help="processes; default: one per core, 2 to 8; 1: all in this process")
+    ] = None,
     architecture_files: Annotated[
         list[Path] | None, typer.Option("--architectures", help="file that registers architectures; can be repeated")
     ] = None,
@@ -230,7 +334,19 @@ def doctor(
             if name not in DTYPES:
                 raise ValueError(f"--dtypes {name}: must be one of {', '.join(DTYPES)}")
         chosen = [DTYPES[name] for name in wanted]
-        report = examine(names, choose_device(device), chosen, d_model=d_model, seq_len=seq_len)
+        if jobs is not None and jobs < 1:
+            raise ValueError(f"--jobs {jobs}: must be at least 1")
+        with _progress() as on_tried:
+            report = examine(
+                names,
+                choose_device(device),
+                chosen,
+                d_model=d_model,
+                seq_len=seq_len,
+                jobs=jobs or min(max(2, _cores()), 8),
+                files=architecture_files or (),
+                on_tried=on_tried,
+            )
     except (ValueError, ImportError) as error:
         print(f"zoology.doctor: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import architectures
-from architectures import backends, parity
+from architectures import backends, parity, registry
 from zoology import doctor
 
 CPU = torch.device("cpu")
@@ -21,8 +21,43 @@ def statuses(report):
     return {(row.architecture, row.backend): row.status for row in report.rows}
 
 
-def command(*arguments):
-    return CliRunner().invoke(doctor.app, [*arguments, "--device", "cpu", "--d-model", "8", "--seq-len", "20"])
+def command(*arguments, jobs=1):
+    case = ["--device", "cpu", "--d-model", "8", "--seq-len", "20", "--jobs", str(jobs)]
+    return CliRunner().invoke(doctor.app, [*case, *arguments])
+
+
+DEADLY = """
+import os
+import torch
+from architectures import SequenceMixer, backends, register
+from typing import NamedTuple
+
+backends.LIBRARIES["deadly"] = None
+
+
+class Nothing(NamedTuple):
+    pass
+
+
+@register("mortal", paper="none")
+class Mortal(SequenceMixer):
+    backends = ("deadly", "reference")
+
+    def __init__(self, d_model: int, *, backend: str = "auto"):
+        super().__init__(d_model, backend=backend)
+        self.scale = torch.nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x):
+        if self.backend_for(x) == "deadly":
+            os.abort()
+        return x * self.scale
+
+    def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None):
+        return Nothing()
+
+    def step(self, x, state):
+        return self(x), state
+"""
 
 
 def test_one_row_for_every_backend_with_what_became_of_it(fake_backends):
@@ -127,9 +162,33 @@ def test_the_table_is_readable(fake_backends):
     assert cells[5].startswith("1e-02 (")
 
 
+def test_a_backend_that_kills_its_process_has_failed_and_the_others_never_notice(tmp_path, monkeypatch):
+    path = tmp_path / "mortal.py"
+    path.write_text(DEADLY)
+    monkeypatch.setattr(backends, "LIBRARIES", dict(backends.LIBRARIES))
+    try:
+        arguments = ("--only", "mortal,attention", "--dtypes", "float32", "--architectures", str(path))
+        result = command(*arguments, "--json", jobs=2)
+        alone = command(*arguments[:1], "attention", *arguments[2:4], "--json")
+    finally:
+        registry._entries.pop("mortal")
+    told = json.loads(result.stdout)
+    assert result.exit_code == 1
+    found = {(row["architecture"], row["backend"]): (row["status"], row["reason"]) for row in told["rows"]}
+    assert found["mortal", "deadly"] == ("failed", "its process died")
+    assert found["mortal", "reference"] == ("used", "")
+    # As without worker processes, in the same order.
+    assert [row for row in told["rows"] if row["architecture"] == "attention"] == json.loads(alone.stdout)["rows"]
+    assert [row["architecture"] for row in told["rows"][:2]] == ["mortal", "mortal"]
+    assert [line.partition("]")[0] for line in result.stderr.splitlines() if line.startswith("[")] == [
+        f"[{done}/5" for done in range(1, 6)
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--jobs", "0"], "--jobs 0: must be at least 1"),
         (["--only", "atention"], "unknown architecture 'atention': did you mean 'attention'"),
         (["--dtypes", "float8"], "--dtypes float8: must be one of float32, bfloat16"),
         (["--architectures", "none.py"], "does not exist"),
@@ -158,5 +217,5 @@ def test_every_architecture_is_well_here():
 
 @pytest.mark.gpu
 def test_gpu_nothing_that_auto_uses_is_wrong():
-    report = doctor.examine(architectures.names(), torch.device("cuda"), [torch.float32, torch.bfloat16])
+    report = doctor.examine(architectures.names(), torch.device("cuda"), [torch.float32, torch.bfloat16], jobs=8)
     assert [str(row) for row in report.failed] == []
