@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +79,7 @@ class _Process:
     def call(self, function: Callable, arguments: tuple, timeout: float | None) -> Any:
         try:
             if self.pool is None:
-                self.pool = ProcessPoolExecutor(1, get_context("spawn"), self.initializer, self.initargs)
+                self.pool = ProcessPoolExecutor(1, get_context("spawn"), _start, (self.initializer, self.initargs))
                 self.pid = self.pool.submit(os.getpid).result()
             future = self.pool.submit(_call, function, arguments)
             if not wait([future], timeout).done:
@@ -98,6 +98,16 @@ class _Process:
         if self.pool is not None:
             self.pool.shutdown()
             self.pool = None
+
+
+def _start(initializer: Callable | None, initargs: tuple) -> None:
+    def leave_with_parent() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)
 
 
 def _call(function: Callable, arguments: tuple) -> tuple[Any, bool]:
