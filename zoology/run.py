@@ -35,6 +35,12 @@ class EngineName(str, Enum):
     ray = "ray"
 
 
+class Precision(str, Enum):
+    fp32 = "fp32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+
+
 class Rerun(str, Enum):
     failed = "failed"
     all = "all"
@@ -56,6 +62,7 @@ def run(
     best_seeds: Annotated[
         int | None, typer.Option(help="also seeds 0 to N-1 at the best learning rate, for models that are done")
     ] = None,
+    precision: Annotated[Precision | None, typer.Option(help="instead of that of the experiment's runs")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
     rerun: Annotated[Rerun | None, typer.Option(help="do failed runs, or all, again")] = None,
     architecture_files: Annotated[
@@ -115,6 +122,8 @@ def chosen_runs(options: dict[str, Any], scale: str) -> tuple[list[RunConfig], s
     for path in options["architecture_files"] or ():
         architectures.load_file(path)
     runs: list[RunConfig] = plan.load_sweep(options["experiment"], scale)
+    if options["precision"] is not None:
+        runs = plan.with_precision(runs, options["precision"])
     points = {run.point_id for run in runs}
     if options["only"] is not None:
         runs = plan.keep_only(runs, [name for name in options["only"].split(",") if name])

@@ -122,6 +122,23 @@ def test_only_seeds_and_rerun_all(command, engines):
     assert "±" in command("--only", "based").output
 
 
+def test_the_precision_of_the_command_is_part_of_the_runs(command, engines, tmp_path, experiment):
+    assert command("--only", "based").exit_code == 0
+    said = command("--only", "based", "--precision", "bf16")
+    assert said.exit_code == 0
+    assert "2 runs of 1 models of 1 architectures: 2 to do" in said.output  # those in float32 are other runs
+    written = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/result.json")]
+    assert sorted((record["precision"], record["config"]["train"]["lr"]) for record in written) == [
+        ("bf16", 1e-3), ("bf16", 1e-2), ("fp32", 1e-3), ("fp32", 1e-2),
+    ]  # fmt: skip
+    before = [run.run_id for run in plan.load_sweep(experiment, "smoke")]
+    assert [run.run_id for run in plan.with_precision(plan.load_sweep(experiment, "smoke"), "fp32")] == before
+    assert "0 to do" in command("--only", "based", "--precision", "fp32").output
+    refused = command("--precision", "tf32")
+    assert refused.exit_code == Exit.USAGE
+    assert "train.precision='tf32': a mode of NVIDIA tensor cores" in refused.output
+
+
 def test_a_truncated_result_is_reported_and_done_again(command, tmp_path, engines):
     command()
     path = sorted((tmp_path / "out").glob("*/result.json"))[0]

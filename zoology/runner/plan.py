@@ -120,6 +120,17 @@ def with_seeds(runs: Sequence[RunConfig], count: int) -> list[RunConfig]:
     return [run.model_copy(update={"seed": seed}) for run in bare.values() for seed in range(count)]
 
 
+def with_precision(runs: Sequence[RunConfig], precision: str) -> list[RunConfig]:
+    """Every run in this precision, instead of that which the experiment gave it."""
+    changed = [
+        run.model_copy(update={"train": run.train.model_copy(update={"precision": precision})})
+        if run.train.precision != precision
+        else run
+        for run in runs
+    ]
+    return list({run.run_id: run for run in changed}.values())
+
+
 def make_plan(runs: Sequence[RunConfig], device: str, finished: Collection[str] = ()) -> list[PlannedRun]:
     """Check every run for this device and say what it will cost, in the order given.
 
