@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import kernels
 from architectures import backends
 from architectures.layers import check_room, merge_heads, rotary, split_heads
 from architectures.mixer import SequenceMixer, divide_heads
 from architectures.registry import register
+from kernels.cached_attention import triton_refusal
 from kernels.taylor_linear_attention import autocast_inputs
 
 MAX_FLASH_HEAD_DIM = 256
@@ -48,12 +50,25 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = Non
     return flash_attn_func(q, k, v, causal=True, window_size=(left, 0 if window is not None else -1))
 
 
+@torch.library.custom_op(
+    "zoology::flash_cached_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor keys, Tensor values, Tensor length) -> Tensor",
+)
 def flash_cached_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
-    """The queries q [B, T, H, K] of the last T of `length` [] tokens, causally, over a KV cache; no gradient."""
+    """The queries q [B, T, H, K] of the last T of `length` [] tokens, causally, over a KV cache; no gradient.
+
+    An operator, because flash-attn's own function cannot be compiled. It copies the cache where K is no multiple of 8.
+    """
     from flash_attn import flash_attn_with_kvcache
 
     lengths = length.to(torch.int32).expand(q.shape[0]).contiguous()
     return flash_attn_with_kvcache(q.contiguous(), keys, values, cache_seqlens=lengths, causal=True)
+
+
+@flash_cached_attention.register_fake
+def _(q, keys, values, length):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 class SelfAttention(SequenceMixer):
@@ -91,9 +106,36 @@ class SelfAttention(SequenceMixer):
             k = rotary(k, positions, fraction=self.rotary_fraction)
         return q, k, v
 
-    def step(self, x: Tensor, state):
-        y, state = self.prefill(x.unsqueeze(1), state)
-        return y.squeeze(1), state
+    def _step(self, x: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        """One token x [B, D] joins the cache, in slot position mod S, and reads what is in it -> [B, D]."""
+        at = position.reshape(1)
+        q, k, v = self._project(x.unsqueeze(1), at)
+        slot = at % keys.shape[1]
+        keys.index_copy_(1, slot, k.to(keys.dtype))
+        values.index_copy_(1, slot, v.to(values.dtype))
+        backend = self.backend_for(x)
+        if keys.dtype == q.dtype and not backends.wants_grad(q, keys, values):
+            o = self._read_cache(q[:, 0], keys, values, position, backend)
+        else:
+            used = torch.arange(keys.shape[1], device=x.device) <= position
+            o = masked_attention(q, keys.to(q.dtype), values.to(q.dtype), used[None], self._beside_flash(backend))[:, 0]
+        return self.out_proj(merge_heads(o))
+
+    def _read_cache(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor, backend: str) -> Tensor:
+        """q [B, H, K] over the slots in use, in the kernel that is fastest with them; no gradient."""
+        if backend == "reference":
+            return kernels.cached_attention(q, keys, values, position, backend="reference")
+        if self.backend == "flash-attn" and self.head_dim % 8 == 0:
+            return flash_cached_attention(q[:, None], keys, values, (position + 1).clamp(max=keys.shape[1]))[:, 0]
+        if triton_refusal(q, keys) is None:
+            self.ran_beside("triton")
+            return kernels.cached_attention(q, keys, values, position, backend="triton")
+        used = torch.arange(keys.shape[1], device=q.device) <= position
+        return masked_attention(q[:, None], keys, values, used[None], self._beside_flash(backend))[:, 0]
+
+    def _beside_flash(self, backend: str) -> str:
+        """What runs where flash-attn has no kernel: its kernel for caches wants one dtype, and has no gradient."""
+        return self.ran_beside("sdpa") if backend == "flash-attn" else backend
 
 
 @register("attention", paper="arXiv:1706.03762")
@@ -119,22 +161,41 @@ class Attention(SelfAttention):
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
         q, k, v = self._project(x, torch.arange(length, device=x.device))
-        backend = self.backend_for(x)
+        return self.out_proj(merge_heads(self._attend_causally(q, k, v, self.backend_for(x))))
+
+    def _attend_causally(self, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
         if backend == "flash-attn":
-            o = flash_attention(q, k, v)
-        elif backend == "sdpa":
+            return flash_attention(q, k, v)
+        if backend == "sdpa":
             q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-        else:
-            causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-            o = masked_attention(q, k, v, causal, "reference")
-        return self.out_proj(merge_heads(o))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        causal = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
+        return masked_attention(q, k, v, causal, "reference")
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> AttentionState:
         like = self.like_parameters(device, dtype)
         shape = (batch_size, max_seq_len, self.num_heads, self.head_dim)
         position = torch.zeros((), dtype=torch.int64, device=like["device"])
         return AttentionState(torch.zeros(shape, **like), torch.zeros(shape, **like), position)
+
+    def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        self.check_state(x, state)
+        check_room(state.position, 1, state.keys.shape[1])
+        y = self._step(x, state.keys, state.values, state.position)
+        return y, AttentionState(state.keys, state.values, state.position + 1)
+
+    def prefill_empty(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        backend = self.backend_for(x)
+        if backend == "reference" or state.keys.dtype != x.dtype:
+            return self.prefill(x, state)
+        self.check_state(x, state)
+        length = x.shape[1]
+        check_room(state.position, length, state.keys.shape[1])
+        q, k, v = self._project(x, torch.arange(length, device=x.device))
+        state.keys[:, :length] = k
+        state.values[:, :length] = v
+        o = self._attend_causally(q, k, v, backend)
+        return self.out_proj(merge_heads(o)), AttentionState(state.keys, state.values, state.position + length)
 
     def prefill(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         self.check_state(x, state)
@@ -145,8 +206,8 @@ class Attention(SelfAttention):
         keys = state.keys.index_copy_(1, positions, k.to(state.keys.dtype))
         values = state.values.index_copy_(1, positions, v.to(state.values.dtype))
         backend = self.backend_for(x)
-        if backend == "flash-attn" and (keys.dtype != q.dtype or backends.wants_grad(q, keys, values)):
-            backend = self.ran_beside("sdpa")  # its kernel for caches wants one dtype, and has no gradient
+        if keys.dtype != q.dtype or backends.wants_grad(q, keys, values):
+            backend = self._beside_flash(backend)
         if backend == "flash-attn":
             o = flash_cached_attention(q, keys, values, state.position + length)
         else:

@@ -20,8 +20,8 @@ class Based(SequenceMixer):
     Based (arXiv:2402.18668), section 4, with s = q.k / sqrt(feature_dim) the exponent of softmax attention.
     The paper's models alternate it with short convolutions or sliding windows: write those as layers,
     e.g. `[base_conv, based]` or `[sliding_window, based]`. The state is the packed symmetric one of
-    `kernels.taylor_linear_attention`, (1 + f + f (f + 1) / 2) (V + 1) elements per head. The queries and keys
-    are projected without bias, as in the paper's code.
+    `kernels.taylor_linear_attention`, (1 + f + f (f + 1) / 2) (V + 1) elements per head, kept in float32 unless told
+    otherwise. The queries and keys are projected without bias, as in the paper's code.
     """
 
     backends = ("triton", "reference")
@@ -53,6 +53,8 @@ class Based(SequenceMixer):
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> TaylorState:
         like = self.like_parameters(device, dtype)
+        if dtype is None and like["dtype"].itemsize == 2:
+            like["dtype"] = torch.float32  # a sum over the sequence: bfloat16 cannot count beyond 256 tokens
         return TaylorState.zeros(batch_size, self.num_heads, self.feature_dim, self.head_dim, **like)
 
     def prefill(self, x: Tensor, state: TaylorState) -> tuple[Tensor, TaylorState]:
@@ -62,11 +64,18 @@ class Based(SequenceMixer):
         )
         return self.out_proj(merge_heads(o)), state
 
+    def prefill_empty(self, x: Tensor, state: TaylorState) -> tuple[Tensor, TaylorState]:
+        self.check_state(x, state)
+        o, after = kernels.taylor_linear_attention(
+            *self._project(x), output_final_state=True, backend=self.backend_for(x)
+        )
+        return self.out_proj(merge_heads(o)), TaylorState(*(part.to(state.kv.dtype) for part in after))
+
     def step(self, x: Tensor, state: TaylorState) -> tuple[Tensor, TaylorState]:
         self.check_state(x, state)
         q, k, v = self._project(x)
         backend = self.backend_for(x)
         if backend == "triton" and backends.wants_grad(q, k, v, *state):
             backend = self.ran_beside("reference")  # the Triton step has no gradient
-        o, state = kernels.taylor_linear_attention_step(q, k, v, state, backend=backend)
+        o, state = kernels.taylor_linear_attention_step(q, k, v, state, backend=backend, inplace=True)
         return self.out_proj(merge_heads(o)), state

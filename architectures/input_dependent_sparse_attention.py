@@ -109,3 +109,10 @@ class InputDependentSparseAttention(Attention):
     def prefill(self, x: Tensor, state: SparseAttentionState) -> tuple[Tensor, SparseAttentionState]:
         y, state = super().prefill(x, state)
         return self._gate(y, x), SparseAttentionState(*state)
+
+    def prefill_empty(self, x: Tensor, state: SparseAttentionState) -> tuple[Tensor, SparseAttentionState]:
+        return self.prefill(x, state)
+
+    def step(self, x: Tensor, state: SparseAttentionState) -> tuple[Tensor, SparseAttentionState]:
+        y, state = super().step(x, state)
+        return self._gate(y.unsqueeze(1), x.unsqueeze(1)).squeeze(1), SparseAttentionState(*state)

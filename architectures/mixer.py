@@ -112,6 +112,13 @@ class SequenceMixer(nn.Module):
             outputs.append(y)
         return torch.stack(outputs, 1), state
 
+    def prefill_empty(self, x: Tensor, state: State, **prefix: int) -> tuple[Tensor, State]:
+        """`prefill` of a state that the caller knows to be empty: subclasses that gain by not reading it override this.
+
+        Whether it is empty stands on the device alone, and asking the device would wait for it.
+        """
+        return self.prefill(x, state, **prefix)
+
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token: x [B, D], state -> [B, D], state."""
         raise NotImplementedError

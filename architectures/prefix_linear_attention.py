@@ -55,6 +55,13 @@ class PrefixLinearAttention(Based):
             )
         return self._attend(x, prefix_length, initial_state=state, output_final_state=True)
 
+    def prefill_empty(self, x: Tensor, state: TaylorState, prefix_length: int = 0) -> tuple[Tensor, TaylorState]:
+        self.check_state(x, state)
+        if prefix_length == 0:
+            return super().prefill_empty(x, state)
+        y, after = self._attend(x, prefix_length, output_final_state=True)
+        return y, TaylorState(*(part.to(state.kv.dtype) for part in after))
+
     def _attend(self, x: Tensor, prefix_length: int, **states) -> tuple[Tensor, TaylorState | None]:
         check_prefix_length(prefix_length, x.shape[1])
         prefix = x[:, :prefix_length]

@@ -46,11 +46,7 @@ class SlidingWindow(SelfAttention):
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[1], device=x.device)
         q, k, v = self._project(x, positions)
-        backend = self.backend_for(x)
-        if backend == "flash-attn":
-            o = flash_attention(q, k, v, window=self.window)
-        else:
-            o = self._attend(q, k, v, positions, positions, backend)
+        o = self._attend_alone(q, k, v, positions, self.backend_for(x))
         return self.out_proj(merge_heads(o))
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> SlidingWindowState:
@@ -58,6 +54,18 @@ class SlidingWindow(SelfAttention):
         shape = (batch_size, min(self.window, max_seq_len), self.num_heads, self.head_dim)
         position = torch.zeros((), dtype=torch.int64, device=like["device"])
         return SlidingWindowState(torch.zeros(shape, **like), torch.zeros(shape, **like), position)
+
+    def step(self, x: Tensor, state: SlidingWindowState) -> tuple[Tensor, SlidingWindowState]:
+        self.check_state(x, state)
+        y = self._step(x, state.window_k, state.window_v, state.position)
+        return y, SlidingWindowState(state.window_k, state.window_v, state.position + 1)
+
+    def prefill_empty(self, x: Tensor, state: SlidingWindowState) -> tuple[Tensor, SlidingWindowState]:
+        self.check_state(x, state)
+        positions = torch.arange(x.shape[1], device=x.device)
+        q, k, v = self._project(x, positions)
+        o = self._attend_alone(q, k, v, positions, self.backend_for(x))
+        return self.out_proj(merge_heads(o)), self._keep(k, v, positions, state)
 
     def prefill(self, x: Tensor, state: SlidingWindowState) -> tuple[Tensor, SlidingWindowState]:
         self.check_state(x, state)
@@ -67,17 +75,31 @@ class SlidingWindow(SelfAttention):
         # Slot s holds the latest earlier token t with t mod slots == s; slots not yet filled get t < 0.
         slot = torch.arange(slots, device=x.device)
         held = state.position - 1 - (state.position - 1 - slot) % slots
-        keys = torch.cat([state.window_k.to(k.dtype), k], dim=1)
-        values = torch.cat([state.window_v.to(v.dtype), v], dim=1)
+        # Only the first tokens reach back into the ring buffer: out of order and partly empty, it needs a mask.
+        first = min(length, slots)
+        keys = torch.cat([state.window_k.to(k.dtype), k[:, :first]], dim=1)
+        values = torch.cat([state.window_v.to(v.dtype), v[:, :first]], dim=1)
         backend = self.backend_for(x)
-        if backend == "flash-attn":
-            backend = self.ran_beside("sdpa")  # a ring buffer is out of order, and partly empty: it needs the mask
-        o = self._attend(q, keys, values, positions, torch.cat([held, positions]), backend)
+        of = torch.cat([held, positions[:first]])
+        o = self._attend(q[:, :first], keys, values, positions[:first], of, self._beside_flash(backend))
+        if first < length:
+            o = torch.cat([o, self._attend_alone(q, k, v, positions, backend)[:, first:]], dim=1)
+        return self.out_proj(merge_heads(o)), self._keep(k, v, positions, state)
+
+    def _keep(self, k: Tensor, v: Tensor, positions: Tensor, state: SlidingWindowState) -> SlidingWindowState:
+        """The state after tokens at `positions` [T]."""
+        length, slots = k.shape[1], state.window_k.shape[1]
         kept = min(length, slots)
         into = positions[length - kept :] % slots
         window_k = state.window_k.index_copy_(1, into, k[:, length - kept :].to(state.window_k.dtype))
         window_v = state.window_v.index_copy_(1, into, v[:, length - kept :].to(state.window_v.dtype))
-        return self.out_proj(merge_heads(o)), SlidingWindowState(window_k, window_v, state.position + length)
+        return SlidingWindowState(window_k, window_v, state.position + length)
+
+    def _attend_alone(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, backend: str) -> Tensor:
+        """Tokens that read each other within the window, and nothing else."""
+        if backend == "flash-attn":
+            return flash_attention(q, k, v, window=self.window)
+        return self._attend(q, k, v, positions, positions, backend)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, of: Tensor, backend: str) -> Tensor:
         """Queries at positions `at` [T] read keys of positions `of` [S] that lie in their window."""

@@ -5,6 +5,7 @@ are imported at once and not on demand, because a folder and its function share 
 otherwise let whichever was imported last win.
 """
 
+from kernels.cached_attention import cached_attention
 from kernels.delta_rule import delta_rule, delta_rule_step, dplr_delta_rule, dplr_delta_rule_step
 from kernels.fft_conv import fft_conv, fft_conv_step
 from kernels.linear_cross_entropy import linear_argmax, linear_cross_entropy
@@ -15,6 +16,7 @@ from kernels.taylor_linear_attention import taylor_linear_attention, taylor_line
 from kernels.wkv import wkv, wkv_step
 
 __all__ = [
+    "cached_attention",
     "delta_rule",
     "delta_rule_step",
     "dplr_delta_rule",

@@ -26,6 +26,9 @@ class Stack(NamedTuple):
     position: Tensor  # [], int64
 
 
+LONG_GENERATION = 256
+"""From how many new tokens on `generate` compiles its step."""
+
 Pick = Callable[[Tensor], Tensor] | None  # [B, T, D] -> [B, P, D]
 
 
@@ -74,8 +77,10 @@ class Block(nn.Module):
             x, y = pick(x), pick(y)
         return self._mix_channels(x + self.dropout(y))
 
-    def prefill(self, x: Tensor, state: State, prefix_length: int = 0) -> tuple[Tensor, State]:
-        y, state = self.mixer.prefill(self.norm(x), state, **self._prefix(prefix_length))
+    def prefill(self, x: Tensor, state: State, prefix_length: int = 0, *, empty: bool = False) -> tuple[Tensor, State]:
+        """[B, T, D] from a state on; `empty` says that nothing is in it."""
+        read = self.mixer.prefill_empty if empty else self.mixer.prefill
+        y, state = read(self.norm(x), state, **self._prefix(prefix_length))
         return self._mix_channels(x + y), state
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -174,24 +179,33 @@ class LanguageModel(nn.Module):
     def generate(
         self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0, prefix_length: int = 0
     ) -> Tensor:
-        """Continue tokens [B, T] by `max_new_tokens`: greedily, or sampled at `temperature` > 0 -> [B, T + new]."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
-        if tokens.ndim != 2 or tokens.shape[1] < 1:
-            raise ValueError(f"tokens have shape {list(tokens.shape)}: must be [batch, at least 1]")
-        generator = torch.Generator(tokens.device).manual_seed(seed)
-        state = self.init_state(tokens.shape[0], tokens.shape[1] + max_new_tokens, device=tokens.device)
-        logits, state = self.prefill(tokens, state, prefix_length)
-        logits, made = logits[:, -1], []
-        for index in range(max_new_tokens):
-            if temperature > 0:
-                weights = torch.softmax(logits.float() / temperature, -1)
-                made.append(torch.multinomial(weights, 1, generator=generator)[:, 0])
-            else:
-                made.append(logits.argmax(-1))
-            if index + 1 < max_new_tokens:
-                logits, state = self.step(made[-1], state)
-        return torch.cat([tokens, torch.stack(made, 1)], 1)
+        """Continue tokens [B, T] by `max_new_tokens`: greedily, or sampled at `temperature` > 0 -> [B, T + new].
+
+        The prompt is read in chunks, and on a GPU the steps are replays of a CUDA graph; to go on with one batch, or
+        to measure, hold a `zoology.generation.Decoder`. Raises ValueError for numbers and shapes that do not fit, and
+        for a batch that needs more memory than there is.
+        """
+        from zoology.generation import Decoder, check_temperature
+
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r}: must be a whole number >= 1")
+        if tokens.ndim != 2 or min(tokens.shape) < 1:
+            raise ValueError(f"tokens have shape {list(tokens.shape)}: must be [at least 1, at least 1]")
+        check_temperature(temperature)
+        batch_size, length = tokens.shape
+        # Compiling takes longer than it saves on a short text.
+        compiled = "auto" if max_new_tokens >= LONG_GENERATION else False
+        training = self.training
+        self.eval()
+        try:
+            decoder = Decoder(self, batch_size, length + max_new_tokens, compiled=compiled)
+            made = decoder.pick(decoder.prefill(tokens, prefix_length), temperature=temperature, seed=seed)[:, None]
+            if max_new_tokens > 1:
+                rest = decoder.decode(made[:, 0], max_new_tokens - 1, temperature=temperature)
+                made = torch.cat([made, rest], 1)
+        finally:
+            self.train(training)
+        return torch.cat([tokens, made], 1)
 
     # -- what is measured -----------------------------------------------------------------------------------
 

@@ -80,12 +80,14 @@ def taylor_linear_attention_step(
     *,
     scale: float | None = None,
     backend: str = "auto",
+    inplace: bool = False,
 ) -> tuple[Tensor, TaylorState]:
     """One decode step of `taylor_linear_attention`: the token joins the memory, then reads it.
 
     Args:
         q, k: [B, H, f]; v: [B, H, V] of the same dtype; state: kv [B, H, F, V] and key_sum [B, H, F].
         scale, backend: as in `taylor_linear_attention`. The triton step has no gradient.
+        inplace: the triton step may write the new state over the old one, and then returns that one.
 
     Returns:
         o [B, H, V] in the dtype of v, computed before the state is rounded, and the new state in its own dtype.
@@ -103,6 +105,10 @@ def taylor_linear_attention_step(
     if backend == "triton" and wants_grad:
         raise ValueError("backend='triton' has no gradient for a decode step; allowed: 'reference', or no_grad")
     if choose_backend("reference" if backend == "auto" and wants_grad else backend, q) == "triton":
+        if inplace and state.kv.is_contiguous() and state.key_sum.is_contiguous():
+            from kernels.taylor_linear_attention.triton_step import taylor_linear_attention_step_inplace
+
+            return taylor_linear_attention_step_inplace(q, k, v, state, scale=scale)
         from kernels.taylor_linear_attention import triton as impl
 
         return impl.taylor_linear_attention_step_triton(q, k, v, state, scale=scale)

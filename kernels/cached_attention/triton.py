@@ -1,0 +1,139 @@
+"""Attention of one token over a cache in Triton: the cache is read once, at the pace of memory."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MIN_SLOTS_PER_SPLIT = 256
+MAX_SPLITS = 64
+
+
+@triton.jit
+def _load_slots(p, n, m_n, o_k, H: tl.constexpr, K: tl.constexpr):
+    """Slots n of one head, [BN, KP]."""
+    return tl.load(p + n[:, None] * (H * K) + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _cached_attention_kernel(
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    position_ptr,
+    o_ptr,
+    part_ptr,
+    slots,
+    scale,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BN: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One part of one head's cache: o = sum_n exp(s_n) v_n / sum_n exp(s_n), s_n = scale q.k_n.
+
+    Each of BN lanes goes through its own slots with a maximum and sums of its own: the lanes meet once, at the end.
+    With SPLITS > 1 the sums, and log2 of their scale, go to `part` [B*H, SPLITS, KP + 2].
+    """
+    i_bh = tl.program_id(0).to(tl.int64)
+    i_s = tl.program_id(1)
+    i_b, i_h = i_bh // H, i_bh % H
+    used = tl.minimum(tl.load(position_ptr).to(tl.int32) + 1, slots)
+    per_split = tl.cdiv(tl.cdiv(used, SPLITS), BN) * BN
+    low = i_s * per_split
+    high = tl.minimum(low + per_split, used)
+    o_k = tl.arange(0, KP)
+    o_n = tl.arange(0, BN)
+    p_k = keys_ptr + i_b * slots * (H * K) + i_h * K
+    p_v = values_ptr + i_b * slots * (H * K) + i_h * K
+    # log2(e): exp2 is the instruction there is.
+    b_q = tl.load(q_ptr + i_bh * K + o_k, mask=o_k < K, other=0.0).to(tl.float32) * (scale * 1.4426950408889634)
+    b_m = tl.full([BN], float("-inf"), tl.float32)
+    b_l = tl.zeros([BN], tl.float32)
+    b_o = tl.zeros([BN, KP], tl.float32)
+    b_k = _load_slots(p_k, low + o_n, low + o_n < high, o_k, H, K)
+    b_v = _load_slots(p_v, low + o_n, low + o_n < high, o_k, H, K)
+    for start in range(low, high, BN):
+        n, after = start + o_n, start + BN + o_n
+        # The next slots are asked for before the ones in hand are used.
+        b_k_next = _load_slots(p_k, after, after < high, o_k, H, K)
+        b_v_next = _load_slots(p_v, after, after < high, o_k, H, K)
+        b_s = tl.sum(b_k.to(tl.float32) * b_q[None, :], 1)
+        b_new = tl.where(n < high, tl.maximum(b_m, b_s), b_m)
+        b_p = tl.where(n < high, tl.exp2(b_s - b_new), 0.0)
+        b_keep = tl.where(b_l > 0, tl.exp2(b_m - b_new), 1.0)
+        b_l = b_l * b_keep + b_p
+        b_o = b_o * b_keep[:, None] + b_p[:, None] * b_v.to(tl.float32)
+        b_m, b_k, b_v = b_new, b_k_next, b_v_next
+    m = tl.max(b_m, 0)
+    b_weight = tl.where(b_l > 0, tl.exp2(b_m - m), 0.0)
+    b_sum = tl.sum(b_o * b_weight[:, None], 0)
+    total = tl.sum(b_l * b_weight, 0)
+    if SPLITS == 1:
+        tl.store(o_ptr + i_bh * K + o_k, (b_sum / total).to(o_ptr.dtype.element_ty), mask=o_k < K)
+    else:
+        p_part = part_ptr + (i_bh * SPLITS + i_s) * (KP + 2)
+        tl.store(p_part + o_k, b_sum)
+        tl.store(p_part + KP, total)
+        tl.store(p_part + KP + 1, m)
+
+
+@triton.jit
+def _join_kernel(part_ptr, o_ptr, K: tl.constexpr, KP: tl.constexpr, SPLITS: tl.constexpr, SP: tl.constexpr):
+    """The parts of one head, each at its own scale, into one output."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    o_s, o_k = tl.arange(0, SP), tl.arange(0, KP)
+    p_part = part_ptr + (i_bh * SPLITS + o_s) * (KP + 2)
+    b_m = tl.load(p_part + KP + 1, mask=o_s < SPLITS, other=float("-inf"))
+    b_l = tl.load(p_part + KP, mask=o_s < SPLITS, other=0.0)
+    b_weight = tl.where(b_l > 0, tl.exp2(b_m - tl.max(b_m, 0)), 0.0)
+    b_o = tl.load(p_part[:, None] + o_k[None, :], mask=(o_s < SPLITS)[:, None], other=0.0)
+    o = tl.sum(b_o * b_weight[:, None], 0) / tl.sum(b_l * b_weight, 0)
+    tl.store(o_ptr + i_bh * K + o_k, o.to(o_ptr.dtype.element_ty), mask=o_k < K)
+
+
+@functools.lru_cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def choose_splits(heads: int, slots: int, device: torch.device) -> int:
+    """Into how many parts a cache is cut so that the programs fill the device about four times."""
+    wanted = triton.cdiv(4 * _num_multiprocessors(device), heads)
+    return max(1, min(wanted, slots // MIN_SLOTS_PER_SPLIT, MAX_SPLITS))
+
+
+@torch.library.custom_op(
+    "zoology::cached_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor keys, Tensor values, Tensor position, float scale) -> Tensor",
+)
+def cached_attention_op(q, keys, values, position, scale):
+    q = q.contiguous()
+    (b, h, k), slots = q.shape, keys.shape[1]
+    width = max(16, triton.next_power_of_2(k))
+    splits = choose_splits(b * h, slots, q.device)
+    o = torch.empty_like(q)
+    part = torch.empty(b * h, splits, width + 2, device=q.device, dtype=torch.float32) if splits > 1 else o
+    constants = {"K": k, "KP": width, "SPLITS": splits}
+    block = max(8, 4096 // width)
+    _cached_attention_kernel[(b * h, splits)](
+        q, keys, values, position, o, part, slots, scale, H=h, BN=block, num_warps=4, **constants
+    )
+    if splits > 1:
+        _join_kernel[(b * h,)](part, o, SP=triton.next_power_of_2(splits), num_warps=1, **constants)
+    return o
+
+
+@cached_attention_op.register_fake
+def _(q, keys, values, position, scale):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def cached_attention_triton(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, *, scale: float) -> Tensor:
+    return torch.ops.zoology.cached_attention(q, keys, values, position, scale)

@@ -1,0 +1,418 @@
+"""Fast generation: static states, prefill in chunks, and decoding as replays of one CUDA graph.
+
+A `Decoder` allocates the state of its batch once. A decode step reads the last token, runs the model, picks the next
+token and writes it behind the earlier ones, all on the device: replaying the step does not wait for anything. Any
+registered mixer runs this way; one whose `step` writes into its state saves a copy of it.
+
+On a CPU, or with `graphs=False`, the same step runs operation by operation.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from architectures import registry
+from architectures.mixer import State, check_prefix_length, clone_state, map_state, state_tensors
+from zoology.config import ModelConfig
+from zoology.model import Block, LanguageModel, Stack, measured_state
+
+log = logging.getLogger("zoology")
+
+PREFILL_TOKENS = 1 << 16
+"""Tokens, over the whole batch, of a chunk of a prompt, unless told otherwise."""
+
+RESERVE_BYTES = 1 << 30
+"""Left alone by `check_memory`: kernels, their workspaces, the memory pools' rounding."""
+
+
+class DoesNotFit(ValueError):
+    """A batch or a length needs more memory than there is."""
+
+    def __init__(self, message: str, needed: int, available: int):
+        super().__init__(message)
+        self.needed, self.available = needed, available
+
+
+class Needs(NamedTuple):
+    """Bytes of a generation: weights, states, the largest chunk's activations, logits."""
+
+    weights: int
+    states: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def memory_needed(
+    model_config: ModelConfig,
+    batch_size: int,
+    max_seq_len: int,
+    prefill_tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    weights: bool = True,
+) -> Needs:
+    """Bytes to generate with: `prefill_tokens` is the length of one chunk of a prompt. Activations are an estimate."""
+    size = dtype.itemsize
+    states, parameters = _counts(model_config.model_dump_json(), max_seq_len, dtype)
+    inner = {"mlp": 2, "swiglu": 3}.get(model_config.channel_mixer, 0) * model_config.channel_expand
+    per_token = (24 + inner) * model_config.d_model * size
+    return Needs(
+        parameters * size if weights else 0,
+        batch_size * states,
+        int(batch_size * max(1, prefill_tokens) * per_token),
+        2 * 4 * batch_size * model_config.vocab_size,
+    )
+
+
+def check_memory(
+    model_config: ModelConfig,
+    batch_size: int,
+    max_seq_len: int,
+    prefill_tokens: int,
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    weights: bool = True,
+) -> Needs:
+    """Refuse a generation that cannot fit, before anything is allocated, and return what it needs.
+
+    `prefill_tokens` is the length of the longest chunk of a prompt, `weights` says that the model is not built yet.
+    Raises DoesNotFit, a ValueError with `needed` and `available` in bytes, and ValueError for numbers below 1.
+    """
+    for name, value in (("batch_size", batch_size), ("max_seq_len", max_seq_len)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be a whole number >= 1")
+    needs = memory_needed(model_config, batch_size, max_seq_len, prefill_tokens, dtype, weights=weights)
+    available = available_memory(device)
+    if available is not None and needs.total > available:
+        parts = ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in needs._asdict().items())
+        raise DoesNotFit(
+            f"batch_size={batch_size}, max_seq_len={max_seq_len} needs {needs.total:,} bytes ({parts}); "
+            f"{available:,} bytes are available on {torch.device(device)}",
+            needs.total,
+            available,
+        )
+    return needs
+
+
+def available_memory(device: torch.device | str) -> int | None:
+    """Bytes that can still be allocated on a device; None where that is not known."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(0, free + cached - RESERVE_BYTES)
+    try:
+        with open("/proc/meminfo") as lines:
+            kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * kib
+    except (OSError, StopIteration):
+        return None
+
+
+@functools.lru_cache(maxsize=256)
+def _counts(config_json: str, max_seq_len: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(state bytes of one sequence, parameters), counted on a model without memory."""
+    with torch.device("meta"):
+        model = LanguageModel(ModelConfig.model_validate_json(config_json)).to(dtype)
+    return model.state_bytes(max_seq_len), model.num_parameters()
+
+
+# -- one step ---------------------------------------------------------------------------------------------------
+
+
+def advance(block: Block, x: Tensor, delta: Tensor, state: State, keep_position: bool = True) -> tuple[Tensor, Tensor]:
+    """One token through a block, its state updated in place: the input is x + delta, and so is the output.
+
+    That the last addition is left to whoever reads the output lets it be one kernel with the norm that follows.
+    `keep_position` leaves positions to the caller.
+    """
+    x = x + delta
+    y, new = block.mixer.step(block.norm(x), state)
+    write_state(state, new, keep_position)
+    if block.channel_norm is None:
+        return x, y
+    x = x + y
+    return x, block.channel_mixer(block.channel_norm(x))
+
+
+def write_state(state: State, new: State, keep_position: bool) -> None:
+    """Copy what `new` holds into the tensors of `state`; tensors that are the same stay."""
+    for (_, old), (_, value) in zip(state_tensors(state), state_tensors(new)):
+        if old is not value and not (keep_position and is_position(old)):
+            old.copy_(value)
+
+
+def is_position(tensor: Tensor) -> bool:
+    """Whether a leaf of a state is the number of tokens seen: the one 0-d integer that mixers may have."""
+    return tensor.ndim == 0 and not tensor.is_floating_point()
+
+
+def finish(model: LanguageModel, x: Tensor, delta: Tensor) -> Tensor:
+    """x + delta, the output of the last block [B, D] -> logits [B, V]."""
+    return model.head(model.norm(x + delta))
+
+
+def pick(logits: Tensor, temperature: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """The next tokens [B] of logits [B, V]: the most likely ones, or drawn at `temperature` [].
+
+    A draw is the index of the largest p_i / e_i with e_i exponential: the same as from a multinomial, without waiting.
+    """
+    if temperature is None:
+        return logits.argmax(-1)
+    weights = torch.softmax(logits.float() / temperature, -1)
+    return weights.div_(torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
+
+
+class Decoder:
+    """Generation with one model for one batch size, in states that are allocated once.
+
+    Args:
+        model: in eval mode, on the device that it will run on.
+        batch_size, max_seq_len: sequences side by side, and the tokens that each may reach, prompt included.
+        chunk_size: tokens of a prompt that are read at once; None: 2^16 over the whole batch.
+        graphs: whether decode steps are recorded as CUDA graphs; "auto": on a CUDA device.
+        compiled: whether the small operations of a step are fused by torch.compile; "auto": where graphs are used. It
+            costs up to a minute once per machine and model.
+
+    Raises DoesNotFit, before anything is allocated, if the states cannot fit, and ValueError for other bad numbers.
+
+    `state` is the `Stack` of states, `position` the number of tokens in it; `made` [max_seq_len, B] what was generated.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        batch_size: int,
+        max_seq_len: int,
+        *,
+        chunk_size: int | None = None,
+        graphs: bool | str = "auto",
+        compiled: bool | str = "auto",
+    ):
+        parameter = model.embedding.weight
+        self.model, self.batch_size, self.max_seq_len = model, batch_size, max_seq_len
+        self.device, dtype = parameter.device, parameter.dtype
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ValueError(f"chunk_size={chunk_size!r}: must be a whole number >= 1, or None")
+        for name, value in (("graphs", graphs), ("compiled", compiled)):
+            if value not in (True, False, "auto"):
+                raise ValueError(f"{name}={value!r}: must be True, False or 'auto'")
+        if graphs is True and self.device.type != "cuda":
+            raise ValueError(f"graphs=True: needs a CUDA device, the model is on {self.device}")
+        self.graphs = self.device.type == "cuda" if graphs == "auto" else graphs
+        self.compiled = self.graphs if compiled == "auto" else compiled
+        check_memory(model.config, batch_size, max_seq_len, 1, self.device, dtype=dtype, weights=False)
+        self.chunk_size = chunk_size or max(1, min(max_seq_len, PREFILL_TOKENS // batch_size))
+        self._zero = torch.zeros(batch_size, model.config.d_model, device=self.device, dtype=dtype)
+        self._template = model.init_state(1, 1, device=self.device)
+        stack = model.init_state(batch_size, max_seq_len, device=self.device)
+        self.position = stack.position
+        self._counts_itself = self._probe()
+        self.state = self._share_position(stack)
+        self.seen = 0
+        integers = {"dtype": torch.int64, "device": self.device}
+        self.token = torch.zeros(batch_size, **integers)
+        self.made = torch.zeros(max_seq_len, batch_size, **integers)
+        self.count = torch.zeros(1, **integers)
+        self.temperature = torch.ones((), device=self.device)
+        self.generator = torch.Generator(self.device)
+        self._graphs: dict[bool, Any] = {}
+        self._pool = None
+        self._advance, self._finish = self._compile() if self.compiled else ({}, finish)
+        if self.graphs:
+            self._warm_up()
+
+    def state_bytes(self) -> int:
+        """Bytes of all states of the batch, as they lie in memory."""
+        return measured_state(self.state)[1]
+
+    def reset(self) -> None:
+        """Forget all tokens: every state as it was at the start."""
+        for (_, tensor), (_, first) in zip(state_tensors(self.state), state_tensors(self._template)):
+            if tensor.ndim == 0:
+                tensor.copy_(first)
+            elif tensor.shape[1:] == first.shape[1:]:
+                tensor.copy_(first.expand_as(tensor))
+            else:
+                tensor.zero_()  # memory that grows with the sequence: what is not in use is not read
+        self.seen = 0
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, prefix_length: int = 0) -> Tensor:
+        """Read tokens [B, T], after those read before -> logits [B, V] of the last one.
+
+        Chunks of `chunk_size` bound the memory; a prefix (`prefix_length` > 0) is read whole, with the first chunk.
+        Raises ValueError for a shape, length or prefix that does not fit, DoesNotFit for a chunk too large.
+        """
+        if tokens.ndim != 2 or tokens.shape[0] != self.batch_size or tokens.shape[1] < 1:
+            raise ValueError(f"tokens have shape {list(tokens.shape)}: must be [{self.batch_size}, at least 1]")
+        length = tokens.shape[1]
+        check_prefix_length(prefix_length, length)
+        self._check_room(length)
+        if not self.model.takes_prefix:
+            prefix_length = 0
+        first = min(length, max(self.chunk_size, prefix_length))
+        longest = max(first, min(length - first, self.chunk_size))
+        dtype = self._zero.dtype
+        needs = memory_needed(self.model.config, self.batch_size, 1, longest, dtype, weights=False)
+        available = available_memory(self.device)
+        if available is not None and needs.activations > available:
+            raise DoesNotFit(
+                f"a prefill of {self.batch_size} x {longest} tokens at once needs about {needs.activations:,} bytes; "
+                f"{available:,} bytes are available on {self.device}: lower chunk_size",
+                needs.activations,
+                available,
+            )
+        last = self._read(tokens[:, :first], prefix_length)
+        for start in range(first, length, self.chunk_size):
+            last = self._read(tokens[:, start : start + self.chunk_size], 0)
+        return self.model.head(self.model.norm(last))
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, steps: int, *, temperature: float = 0.0, seed: int | None = None) -> Tensor:
+        """Read tokens [B], the newest ones, and generate `steps` tokens after them -> [B, steps].
+
+        Greedy at `temperature` 0, else drawn; `seed` starts the stream of draws anew, None goes on with it. Nothing
+        waits for the device. Raises ValueError for a shape, a number or a length that does not fit.
+        """
+        if tokens.shape != (self.batch_size,):
+            raise ValueError(f"tokens have shape {list(tokens.shape)}: must be [{self.batch_size}]")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r}: must be a whole number >= 1")
+        check_temperature(temperature)
+        self._check_room(steps)
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        sampled = temperature > 0
+        if sampled:
+            self.temperature.fill_(temperature)
+        self.token.copy_(tokens)
+        self.count.zero_()
+        replay = self._recorded(sampled).replay if self.graphs else functools.partial(self._step, sampled)
+        for _ in range(steps):
+            replay()
+        self.seen += steps
+        return self.made[:steps].T.clone()
+
+    def pick(self, logits: Tensor, *, temperature: float = 0.0, seed: int | None = None) -> Tensor:
+        """The next tokens [B] of logits [B, V], from the same stream of draws as `decode`."""
+        check_temperature(temperature)
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        self.temperature.fill_(max(temperature, 0.0))
+        return pick(logits, self.temperature if temperature > 0 else None, self.generator)
+
+    # -- inside ---------------------------------------------------------------------------------------------
+
+    def _check_room(self, length: int) -> None:
+        if self.seen + length > self.max_seq_len:
+            raise ValueError(
+                f"the decoder holds max_seq_len={self.max_seq_len} tokens, {self.seen} are in it, {length} more came"
+            )
+
+    def _read(self, tokens: Tensor, prefix_length: int) -> Tensor:
+        """A chunk of a prompt, the state updated in place -> [B, D], what the last block gives for the last token."""
+        x = self.model.embed(tokens, self.position)
+        for index, (block, state) in enumerate(zip(self.model.blocks, self.state.layers)):
+            x, new = block.prefill(x, state, prefix_length, empty=self.seen == 0)
+            write_state(state, new, index not in self._counts_itself)
+        self.position.add_(tokens.shape[1])
+        self.seen += tokens.shape[1]
+        return x[:, -1]
+
+    def _step(self, sampled: bool) -> None:
+        """Read `token`, write the next one there and into `made`: nothing but operations on the device."""
+        x, delta = self.model.embed(self.token[:, None], self.position)[:, 0], self._zero
+        for index, (block, state) in enumerate(zip(self.model.blocks, self.state.layers)):
+            run = self._advance.get(index, advance)
+            x, delta = run(block, x, delta, state, index not in self._counts_itself)
+        logits = self._finish(self.model, x, delta)
+        self.token.copy_(pick(logits, self.temperature if sampled else None, self.generator if sampled else None))
+        self.made.index_copy_(0, self.count, self.token[None])
+        self.count.add_(1)
+        self.position.add_(1)
+
+    @torch.no_grad()
+    def _probe(self) -> set[int]:
+        """The layers whose 0-d integers are not simply the number of tokens seen, after a step of each by itself.
+
+        The step also lets every mixer choose, and check, its backend before anything is compiled or recorded.
+        """
+        x = self._zero[:1]
+        own = set()
+        for index, (block, state) in enumerate(zip(self.model.blocks, self._template.layers)):
+            before = clone_state(state)
+            _, after = block.mixer.step(x, before)
+            counters = [
+                (int(old), int(same), int(new))
+                for (_, old), (_, same), (_, new) in zip(*map(state_tensors, (state, before, after)))
+                if is_position(old)
+            ]
+            if any(counter != (0, 0, 1) for counter in counters):
+                own.add(index)
+        return own
+
+    def _share_position(self, stack: Stack) -> Stack:
+        """Most layers count the same tokens: one counter for all of them is one kernel less for each."""
+        layers = tuple(
+            state
+            if index in self._counts_itself
+            else map_state(lambda tensor: stack.position if is_position(tensor) else tensor, state)
+            for index, state in enumerate(stack.layers)
+        )
+        return Stack(layers, stack.position)
+
+    def _compile(self) -> tuple[dict[int, Any], Any]:
+        """`advance` for every layer, compiled once for each kind of layer, and `finish`."""
+        from zoology.graphs import compile_apart
+
+        kinds: dict[str, Any] = {}
+        functions: dict[int, Any] = {}
+        for index in range(len(self.model.blocks)):
+            spec = self.model.config.layer_at(index)
+            if registry.options(spec.name).keys() & {"layer_idx", "n_layers"}:
+                continue  # every layer is another function: compiling them all takes longer than they save
+            kind = spec.model_dump_json()
+            if kind not in kinds:
+                kinds[kind] = compile_apart(advance)
+            functions[index] = kinds[kind]
+        return functions, compile_apart(finish)
+
+    @torch.no_grad()
+    def _warm_up(self) -> None:
+        """Run a step, so that kernels are chosen and compiled before anything is recorded, and forget it."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for sampled in (False, True):
+                self._step(sampled)
+                self.reset()
+                self.count.zero_()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+
+    def _recorded(self, sampled: bool) -> Any:
+        if sampled not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            if sampled:
+                graph.register_generator_state(self.generator)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._step(sampled)
+            self._graphs[sampled] = graph
+        return self._graphs[sampled]
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless `temperature` is a finite number, at least 0."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature!r}: must be a finite number >= 0")
