@@ -277,8 +277,8 @@ def floor(work: dict[str, float], ceilings: dict[str, float], precision: str) ->
     return work | {"ms": 1e3 * max(by_operations, by_bytes)}
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """Where and with what the numbers came about."""
+def describe(device: torch.device, module: str = "zoology.benchmark") -> dict[str, Any]:
+    """Where and with what the numbers of `python -m MODULE` came about."""
     from zoology.run import git_commit
     from zoology.runner.worker import versions
 
@@ -288,7 +288,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": {"type": device.type, "name": name},
         "versions": versions() | {"cuda": torch.version.cuda},
         "git": git_commit(),
-        "command": "python -m zoology.benchmark " + " ".join(sys.argv[1:]),
+        "command": f"python -m {module} " + " ".join(sys.argv[1:]),
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
