@@ -114,7 +114,10 @@ class Hyena(SequenceMixer):
         return self.out_proj(v * gates[0]), torch.stack(kept, dim=2) if kept else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._operate(self.short_conv(self.in_proj(x)), self.filter(x.shape[1]), None)[0]
+        projected = self.in_proj(x)
+        # Under autocast float32 weights would widen what is kept for the backward pass.
+        convolved = self.short_conv(projected).to(projected.dtype)
+        return self._operate(convolved, self.filter(x.shape[1]), None)[0]
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> HyenaState:
         like = self.like_parameters(device, dtype)
