@@ -125,9 +125,9 @@ class SelfAttention(SequenceMixer):
         """q [B, H, K] over the slots in use, in the kernel that is fastest with them; no gradient."""
         if backend == "reference":
             return kernels.cached_attention(q, keys, values, position, backend="reference")
-        if self.backend == "flash-attn" and self.head_dim % 8 == 0:
+        if self.backend == "flash-attn":
             return flash_cached_attention(q[:, None], keys, values, (position + 1).clamp(max=keys.shape[1]))[:, 0]
-        if triton_refusal(q, keys) is None:
+        if self.backend == "auto" and triton_refusal(q, keys) is None:
             self.ran_beside("triton")
             return kernels.cached_attention(q, keys, values, position, backend="triton")
         used = torch.arange(keys.shape[1], device=q.device) <= position

@@ -79,18 +79,25 @@ class Mamba(SequenceMixer):
 
     def forward(self, x: Tensor) -> Tensor:
         empty = self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype)
-        return self._run(x, empty, alone=True)[0]
+        return self._run(x, empty, empty=True, alone=True)[0]
 
     def prefill(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         self.check_state(x, state)
         return self._run(x, state)
 
+    def prefill_empty(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        self.check_state(x, state)
+        y, after = self._run(x, state, empty=True)
+        return y, MambaState(after.ssm.to(state.ssm.dtype), after.conv)
+
     def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         self.check_state(x, state)
         return self._run(x, state)
 
-    def _run(self, u: Tensor, state: MambaState, *, alone: bool = False) -> tuple[Tensor, MambaState]:
-        """u [B, T, D] or, one token, [B, D]; `alone`: the state is empty, and the one after is not wanted."""
+    def _run(
+        self, u: Tensor, state: MambaState, *, empty: bool = False, alone: bool = False
+    ) -> tuple[Tensor, MambaState]:
+        """u [B, T, D] or, one token, [B, D]; `empty`: the state is, and `alone`: the one after is not wanted."""
         backend = self.backend_for(u)
         x, z = self.in_proj(u).chunk(2, dim=-1)
         if backend == "mamba-ssm" and not alone and backends.wants_grad(x, *state):
@@ -101,9 +108,13 @@ class Mamba(SequenceMixer):
             x, tail = (self.conv.step if u.ndim == 2 else self.conv.prefill)(x, state.conv)
         dt, b, c = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if backend == "mamba-ssm":
-            decay, ssm = -self.A_log.float().exp(), None if alone else state.ssm
-            scan = mamba_ssm.selective_scan_step if u.ndim == 2 else mamba_ssm.selective_scan
-            y, ssm = scan(x, self.dt_proj(dt), decay, b, c, ssm)
+            decay = -self.A_log.float().exp()
+            if u.ndim == 2:
+                rest = {"D": self.D, "dt_bias": self.dt_proj.bias, "z": z}
+                dt = F.linear(dt, self.dt_proj.weight)
+                y, ssm = mamba_ssm.selective_scan_step(x, dt, decay, b, c, state.ssm, **rest)
+                return self.out_proj(y), MambaState(ssm, tail)
+            y, ssm = mamba_ssm.selective_scan(x, self.dt_proj(dt), decay, b, c, None if empty else state.ssm)
         else:
             y, ssm = self._mix(x, self.dt_proj(dt), b, c, state.ssm)
         return self.out_proj((y + self.D.to(x.dtype) * x) * F.silu(z)), MambaState(ssm, tail)

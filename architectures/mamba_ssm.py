@@ -52,16 +52,15 @@ def refusal(
 
 def short_convolution(conv: ShortConvolution, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
     """`conv.prefill` of x [B, T, D], or `conv.step` of one token [B, D]."""
-    from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-
     # The kernel's last weight is that of the current token, the module's first one is.
     weight, bias, size = conv.weight.flip(-1), conv.bias, conv.kernel_size
     (x,) = autocast_inputs(x)
     if x.ndim == 2:
         if tail.dtype != x.dtype or backends.wants_grad(x, weight, tail):
             return conv.step(x, tail)
-        y = causal_conv1d_update(x.contiguous(), tail.transpose(1, 2), weight, bias, activation=conv.activation)
-        return y, tail
+        return _convolution_step(x, tail, weight, bias, conv.activation), tail
+    from causal_conv1d import causal_conv1d_fn
+
     before = tail.to(x.dtype).contiguous()
     y = causal_conv1d_fn(
         x.contiguous().transpose(1, 2),
@@ -108,14 +107,56 @@ def selective_scan(
         return (y + extra).to(x.dtype), last.to(state.dtype)
 
 
-def selective_scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.selective_scan_step` with dt before its softplus; writes into `state`."""
+def selective_scan_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    D: Tensor,
+    dt_bias: Tensor,
+    z: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(`kernels.selective_scan_step` + D x) silu(z), dt [B, D] before its bias and softplus; writes into `state`."""
+    x, dt, B, C, z = autocast_inputs(x, dt, B, C, z)
+    return _scan_step(x, dt, A, B, C, D, dt_bias, z, state), state
+
+
+# Operators, so that a decode step can be compiled.
+@torch.library.custom_op(
+    "zoology::mamba_ssm_convolution_step",
+    mutates_args=("tail",),
+    schema="(Tensor x, Tensor(a!) tail, Tensor weight, Tensor? bias, str? activation) -> Tensor",
+)
+def _convolution_step(x, tail, weight, bias, activation):
+    from causal_conv1d import causal_conv1d_update
+
+    return causal_conv1d_update(x.contiguous(), tail.transpose(1, 2), weight, bias, activation=activation)
+
+
+@_convolution_step.register_fake
+def _(x, tail, weight, bias, activation):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(
+    "zoology::mamba_ssm_scan_step",
+    mutates_args=("state",),
+    schema="(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor dt_bias, Tensor z, Tensor(a!) state)"
+    " -> Tensor",
+)
+def _scan_step(x, dt, A, B, C, D, dt_bias, z, state):
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
-    x, dt, B, C = autocast_inputs(x, dt, B, C)
     # The kernel's launcher cannot leave out D and the bias (2.3.2).
-    zeros = torch.zeros_like(A[:, 0])
-    return selective_state_update(state, x, dt, A, B, C, D=zeros, dt_bias=zeros, dt_softplus=True), state
+    return selective_state_update(state, x.contiguous(), dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=True)
+
+
+@_scan_step.register_fake
+def _(x, dt, A, B, C, D, dt_bias, z, state):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def chunk_scan(

@@ -164,7 +164,7 @@ def scan(u, delta, A, B, C, *, delta_softplus, return_last_state):
     return torch.stack(outputs, 2), h.detach()
 
 
-def update(state, x, dt, A, B, C, *, D, dt_bias, dt_softplus):
+def update(state, x, dt, A, B, C, *, D, dt_bias, dt_softplus, z=None):
     """D and dt_bias cannot be left out, the library's defaults notwithstanding: its launcher raises without.
 
     state [B, (H,) D, N] is written to; x dt [B, (H,) D], A [(H,) D, N], B C [B, (G,) N], dt_bias [(H,) D]."""
@@ -175,7 +175,8 @@ def update(state, x, dt, A, B, C, *, D, dt_bias, dt_softplus):
     B, C = (part.unsqueeze(-2) for part in (B, C))
     dt = F.softplus(dt + dt_bias).unsqueeze(-1)
     state.copy_(state * torch.exp(dt * A) + dt * x.unsqueeze(-1) * B)
-    return (state * C).sum(-1) + D * x
+    y = (state * C).sum(-1) + D * x
+    return y if z is None else y * F.silu(z)
 
 
 def ssd(x, dt, A, B, C, *, chunk_size, dt_bias, initial_states, dt_softplus, return_final_states):
