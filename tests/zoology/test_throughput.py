@@ -1,0 +1,299 @@
+"""The throughput command on tiny models, and its figures and tables from made-up records."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from zoology import plots_throughput, presets, results, throughput
+from zoology.model import LanguageModel
+
+MODELS = ["base_conv+attention@16", "base_conv+based:feature_dim=4@16"]
+HUGE = 10**9
+
+
+def run(*arguments):
+    throughput.app([*map(str, arguments)], standalone_mode=False)
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    """Records of two tiny models, and the file they are in."""
+    path = tmp_path_factory.mktemp("throughput") / "records.json"
+    tiny = ["--device", "cpu", "--repeats", 2, "--prompt", 8, "--new-tokens", 130, "--models", ",".join(MODELS)]
+    run(*tiny, "--batch", f"2,{HUGE}", "--length", "16,32", "--out", path)
+    return json.loads(path.read_text()), path, tiny
+
+
+def record(document, kind, model, **wanted):
+    (found,) = [
+        r for r in document["records"] if (r["kind"], r["model"]) == (kind, model) and wanted.items() <= r.items()
+    ]
+    return found
+
+
+def test_every_point_is_timed_beside_its_bound(timed):
+    document, _, _ = timed
+    assert len(document["records"]) == 2 * 4
+    for found in document["records"]:
+        if found["batch"] == HUGE:
+            continue
+        ms, tokens = found["ms"], found["batch"] * (found["new_tokens"] or found["length"])
+        assert 0 < ms["low"] <= ms["median"] <= ms["high"]
+        assert (ms["repeats"], found["dtype"], found["peak_memory_bytes"]) == (2, "fp32", None)
+        assert found["tokens_per_ms"] == pytest.approx(tokens / ms["median"])
+        assert found["share_of_bound"] == pytest.approx(found["bound_ms"] / ms["median"])
+    assert document["command"].startswith("python -m zoology.throughput ")
+    assert document["versions"]["torch"] == torch.__version__
+
+
+def test_the_bound_is_made_of_the_tensors_that_move(timed):
+    """A step at position p of [base_conv, attention] at width 16, by hand, in float32."""
+    document, _, _ = timed
+    found = record(document, "generation", MODELS[0], batch=2)
+    (subject,) = throughput.subjects([MODELS[0]])
+    model = LanguageModel(subject.config)
+    final_norm = 2 * 16
+    assert [part["tokens"] for part in found["segments"]] == [128, 2]
+    for part, position in zip(found["segments"], (8 + 64, 136 + 1)):
+        assert part["moved"]["weight_bytes"] == 4 * (model.num_parameters() - final_norm)
+        assert part["moved"]["state_bytes_read"] == 2 * 4 * 16 * (2 * position + 2)
+        assert part["moved"]["state_bytes_written"] == 2 * 4 * 16 * (2 + 2)
+        moved = sum(part["moved"][key] for key in ("weight_bytes", "state_bytes_read", "state_bytes_written"))
+        assert part["bound"]["bandwidth_ms"] == pytest.approx(1e3 * moved / document["ceilings"]["copy"])
+        operations = 1e3 * part["moved"]["operations"] / document["ceilings"]["fp32"]
+        assert part["bound"]["ms"] == pytest.approx(max(operations, part["bound"]["bandwidth_ms"]))
+    assert found["bound_ms"] == pytest.approx(sum(p["tokens"] * p["bound"]["ms"] for p in found["segments"]))
+    assert found["ms"]["median"] == pytest.approx(sum(p["tokens"] * p["ms_per_token"] for p in found["segments"]))
+    assert found["state_bytes"] == 2 * model.state_bytes(8 + 130)
+    assert found["backends"] == {"base_conv": ["reference"], "attention": ["sdpa"]}
+
+
+def test_what_cannot_fit_is_recorded_with_its_bytes(timed):
+    document, _, _ = timed
+    (subject,) = throughput.subjects([MODELS[1]])
+    lost = record(document, "generation", MODELS[1], batch=HUGE)["out_of_memory"]
+    assert lost["bytes_needed"] > HUGE * LanguageModel(subject.config).state_bytes(138) > lost["bytes_available"] > 0
+    table = plots_throughput.points(document, "generation")
+    assert dict(zip(table["batch"], table["fits"])) == {2: True, HUGE: False}
+
+
+def test_only_what_is_missing_is_measured(timed):
+    document, path, tiny = timed
+    run(*tiny, "--batch", "2,3", "--length", "", "--out", path)
+    again = json.loads(path.read_text())["records"]
+    assert again[: len(document["records"])] == document["records"]
+    assert [(r["model"], r["batch"]) for r in again[len(document["records"]) :]] == [(name, 3) for name in MODELS]
+
+
+def test_figures_are_drawn_from_the_records_alone(timed, tmp_path):
+    _, path, _ = timed
+    run("--draw", path, "--plot", tmp_path, "--out", tmp_path / "joined.json")
+    assert {file.name for file in tmp_path.glob("*.png")} == {"generation.png", "prefill.png"}
+    assert json.loads((tmp_path / "joined.json").read_text()) == json.loads(path.read_text())
+
+
+def test_presets_are_cut_short_for_a_try():
+    (subject,) = throughput.subjects(["based-360m"], n_layers=3)
+    assert subject.config.layers == presets.config("based-360m").layers
+    assert (subject.config.n_layers, subject.also) == (3, {"layers": 3})
+
+
+def test_the_longest_operators_are_listed():
+    a = torch.randn(64, 64)
+    found = throughput.longest_kernels(lambda: a @ a, torch.device("cpu"))
+    assert any(kernel["name"] == "aten::mm" and kernel["calls"] == 1 for kernel in found)
+    assert 0.5 < sum(kernel["share"] for kernel in found) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "based"], "unknown preset 'based': .*Known presets are attention-360m, "),
+        (["--batch", "1,-2"], "--batch '1,-2': must be whole numbers above 0, separated by commas"),
+        (["--length", "many"], "--length 'many': must be whole numbers above 0"),
+        (["--dtype", "int8"], "--dtype 'int8': must be one of bf16, fp32"),
+        (["--results", "nowhere"], "nowhere"),
+        (["--kernels", "64"], "--kernels: needs a CUDA device and Triton"),
+    ],
+)
+def test_bad_options_are_named(arguments, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=message):
+        run(*arguments, "--device", "cpu")
+
+
+# -- accuracy, state and speed ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recalled(results_directory, tmp_path_factory):
+    """The models of a results directory, timed."""
+    path = tmp_path_factory.mktemp("recall") / "records.json"
+    run("--results", results_directory, "--device", "cpu", "--batch", "4", "--repeats", 1, "--out", path)
+    return results.load(results_directory), json.loads(path.read_text())
+
+
+def test_every_trained_model_is_timed_at_its_longest_test(recalled):
+    frame, document = recalled
+    assert {r["point_id"] for r in document["records"]} == set(frame["point_id"])
+    assert {(r["length"], r["new_tokens"], r["batch"]) for r in document["records"]} == {(21, 3, 4)}
+    for found in document["records"]:
+        of_point = frame[frame["point_id"] == found["point_id"]].iloc[0]
+        assert found["state_bytes"] == 4 * of_point["state_bytes"]
+        assert found["parameters"] == of_point["parameters"]
+
+
+def test_recall_and_speed_stand_at_the_same_models(recalled):
+    frame, document = recalled
+    table = plots_throughput.recall(frame, document)
+    selected = results.select(frame)
+    means = selected[selected["slice"] == results.MEAN].set_index("point_id")["accuracy"]
+    speeds = {r["point_id"]: r["tokens_per_ms"] for r in document["records"]}
+    assert {row.point_id: (row.accuracy, row.tokens_per_ms) for row in table.itertuples()} == {
+        point: (means[point], speed) for point, speed in speeds.items()
+    }
+    left, right = plots_throughput.recall_and_speed(frame, document).axes
+    drawn = {(float(x), float(y)) for line in right.lines for x, y in line.get_xydata() if line.get_marker() in "os"}
+    assert {(speed, means[point]) for point, speed in speeds.items()} <= drawn
+    dots = [c for c in left.collections if len(c.get_offsets())]
+    states = frame.groupby("point_id")["state_bytes"].first()
+    assert {tuple(c.get_offsets()[0]) for c in dots} == {(states[point], means[point]) for point in speeds}
+    fastest = max(speeds, key=speeds.get)
+    areas = {float(c.get_offsets()[0][0]): float(c.get_sizes()[0]) for c in dots}
+    assert areas[float(states[fastest])] == max(areas.values()) == 160
+
+
+def test_results_that_were_not_timed_are_refused(recalled, timed):
+    frame, _ = recalled
+    with pytest.raises(ValueError, match=r"none of these results was timed: must be records of `zoology\.throughput"):
+        plots_throughput.recall(frame, timed[0])
+
+
+# -- made-up records ----------------------------------------------------------------------------------------
+
+NAMES = ("attention-1.3b", "based-1.3b")
+WEIGHTS, PER_TOKEN = 2.6e9, 240e3  # bytes; the latter of each sequence's cache
+
+
+def made_up(model, batch, *, prompt=64, new_tokens=1024, share=0.5):
+    """A generation record whose attention takes 1 + batch * position / 10^4 ms a step, and Based 2 ms."""
+    segments = []
+    for start in range(prompt, prompt + new_tokens, 128):
+        at = start + 64
+        read = batch * PER_TOKEN * at if model == NAMES[0] else batch * 1e7
+        ms = 1 + batch * at / 1e4 if model == NAMES[0] else 2.0
+        moved = {"weight_bytes": WEIGHTS, "state_bytes_read": read, "state_bytes_written": 0.0, "operations": 1.0}
+        bound = {"bandwidth_ms": share * ms, "operations_ms": 0.0, "ms": share * ms}
+        segments.append({"from": start, "tokens": 128, "ms_per_token": ms, "moved": moved, "bound": bound})
+    ms = sum(part["tokens"] * part["ms_per_token"] for part in segments)
+    return {
+        "kind": "generation", "model": model, "batch": batch, "length": prompt, "new_tokens": new_tokens,
+        "dtype": "bf16", "ms": {"median": ms, "low": 0.99 * ms, "high": 1.02 * ms, "repeats": 3},
+        "tokens_per_ms": batch * new_tokens / ms,
+        "bound_ms": share * ms, "share_of_bound": share, "segments": segments, "state_bytes": 1, "peak_memory_bytes": 1,
+    }  # fmt: skip
+
+
+def lost(model, batch):
+    keys = ("kind", "model", "batch", "length", "new_tokens", "dtype")
+    kept = {key: made_up(model, 1)[key] for key in keys} | {"batch": batch}
+    return kept | {"out_of_memory": {"bytes_needed": 10**12, "bytes_available": 10**11, "message": "too much"}}
+
+
+def prefilled(model, length, tokens_per_ms):
+    ms = length / tokens_per_ms
+    return {
+        "kind": "prefill", "model": model, "batch": 1, "length": length, "new_tokens": 0, "dtype": "bf16",
+        "ms": {"median": ms, "low": ms, "high": ms, "repeats": 3}, "tokens_per_ms": tokens_per_ms,
+        "bound_ms": 0.4 * ms, "share_of_bound": 0.4, "state_bytes": 1, "peak_memory_bytes": 1,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def document():
+    records = [made_up(model, batch) for model in NAMES for batch in (1, 128, 512)]
+    records += [lost(NAMES[0], 1024), made_up(NAMES[1], 1024)]
+    records += [prefilled(NAMES[0], n, 200.0 - n / 1000) for n in (2048, 4096)]
+    records += [prefilled(NAMES[1], n, 220.0) for n in (2048, 4096)]
+    kernel = {"kind": "kernel", "dtype": "bfloat16", "ms_20": 1.0, "ms_80": 1.0, "share_of_limit": 0.5}
+    for name, length, ms in (("JRT-RNN", 32768, 2.0), ("JRT-Prompt", 65536, 5.0), ("FlashAttention-2", 32768, 90.0)):
+        records.append({**kernel, "model": name, "length": 32768, "shape": {"B": 16, "T": length}, "ms": ms})
+    device = {"type": "cuda", "name": "made up", "memory_bytes": 1.5e11}
+    return {"device": device, "versions": {"torch": "2"}, "git": None, "ceilings": {}, "records": records}
+
+
+def test_the_ratio_crosses_the_claim_where_the_lines_do(document):
+    table = plots_throughput.crossings(document, NAMES[1], NAMES[0]).set_index("batch")
+    assert list(table.index) == [1, 128, 512]
+    for batch in (1, 128, 512):
+        mean = 1 + batch * (64 + 512) / 1e4
+        assert table.loc[batch, "measured"] == pytest.approx(mean / 2)
+        assert table.loc[batch, "by_bound"] == pytest.approx(mean / 2)
+        position = (24 * 2 - 1) * 1e4 / batch
+        assert table.loc[batch, "from_position"] == pytest.approx(position)
+        assert table.loc[batch, "from_position_by_bound"] == pytest.approx(position)
+        assert table.loc[batch, "state_bytes"] == pytest.approx(batch * PER_TOKEN * position)
+    assert list(table["fits"]) == [47e4 * PER_TOKEN + WEIGHTS <= 1.5e11] * 3
+    near = plots_throughput.crossings(document, NAMES[1], NAMES[0], ratio=2.0)
+    assert list(near["from_position"]) == pytest.approx([3e4, 3e4 / 128, 3e4 / 512])
+
+
+def test_a_state_that_stays_gives_no_slope(document):
+    parts = plots_throughput.segments(document)
+    parts = parts[(parts["batch"] == 128) & (parts["model"] == NAMES[1])]
+    noisy = parts.assign(ms_per_token=parts["ms_per_token"] + np.linspace(0, 0.1, len(parts)))
+    step = plots_throughput.StepTime(noisy, "ms_per_token")
+    assert step(10) == step(10**6) == pytest.approx(2.05)
+
+
+def test_published_speeds_stand_beside_the_points_they_are_of(document):
+    table = plots_throughput.points(document, "generation").set_index(["model", "batch"])["published"]
+    assert table[NAMES[0], 128] == 0.99
+    assert table[NAMES[1], 128] == 24.28
+    assert table.isna().sum() == len(table) - 2
+    prefill = plots_throughput.points(document, "prefill").set_index(["model", "length"])["published"]
+    assert (prefill[NAMES[0], 4096], prefill[NAMES[1], 4096]) == (103.5, 161.7)
+    assert prefill.isna().sum() == 2
+    kernels = plots_throughput.points(document, "kernel").set_index("model")["published"]
+    assert kernels.to_dict() == {"JRT-RNN": 5.6, "JRT-Prompt": 9.0, "FlashAttention-2": 107.8}
+
+
+def curve(axis, marker):
+    (line,) = [line for line in axis.lines if line.get_marker() == marker and line.get_linestyle() == "-"]
+    return {float(x): float(y) for x, y in line.get_xydata()}
+
+
+def test_the_generation_figure_shows_speeds_bounds_and_what_does_not_fit(document):
+    speed, share, step = plots_throughput.generation(document).axes
+    table = plots_throughput.points(document, "generation").set_index(["model", "batch"])
+    assert curve(speed, "o") == pytest.approx({b: table.loc[(NAMES[0], b), "tokens_per_ms"] for b in (1, 128, 512)})
+    bounds = [line for line in speed.lines if line.get_marker() == "None" and len(line.get_xdata()) == 3]
+    assert bounds[0].get_ydata() == pytest.approx(2 * np.array(list(curve(speed, "o").values())))
+    crosses = {float(x) for line in speed.lines if line.get_marker() == "x" for x in line.get_xdata()}
+    assert crosses == {1024}
+    hollow = [line for line in speed.lines if line.get_markerfacecolor() == "none"]
+    assert {tuple(point) for line in hollow for point in line.get_xydata()} == {(128, 0.99), (128, 24.28)}
+    assert set(curve(share, "s").values()) == {50.0}
+    assert curve(step, "s") == {64 + 64 + 128 * i: 2.0 for i in range(8)}
+    labels = [text.get_text() for text in step.get_legend().get_texts()]
+    assert labels == [*NAMES, "bound of bytes\nand operations", "published (H100)", "does not fit"]
+
+
+def test_the_ratio_figure_ends_where_the_memory_does(document):
+    (axis,) = plots_throughput.ratio(document).axes
+    solid = {line.get_label(): line for line in axis.lines if line.get_label().startswith("batch")}
+    assert list(solid) == ["batch 1", "batch 128", "batch 512"]
+    at, y = solid["batch 128"].get_xydata()[0]
+    assert (at, y) == (128, pytest.approx((1 + 128 * 128 / 1e4) / 2))
+    ends = [line.get_xydata()[0] for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
+    full = (1.5e11 - WEIGHTS) / PER_TOKEN
+    assert sorted(x for x, _ in ends) == pytest.approx([full / 512, full / 128])
+    assert all(y == pytest.approx((1 + full / 1e4) / 2) for _, y in ends)
+
+
+def test_the_prefill_figure_is_a_line_for_each_model(document):
+    speed, share = plots_throughput.prefill(document).axes
+    assert curve(speed, "o") == pytest.approx({2048: 200 - 2.048, 4096: 200 - 4.096})
+    assert curve(share, "s") == pytest.approx({2048: 40, 4096: 40})

@@ -1,0 +1,439 @@
+"""Figures and tables of prefill and generation, from the records of `zoology.throughput` alone.
+
+Dashed lines are bounds: what must be moved and multiplied, at the measured ceilings of the device. Hollow markers are
+published (`published_speed.json`), on the device that is named there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from zoology import plot, results
+
+PUBLISHED = Path(__file__).with_name("published_speed.json")
+CLAIM = 24.0  # of Based over FlashAttention-2 in generation, Based (arXiv:2402.18668)
+HEADLINE = {"batch": 128, "length": 64, "new_tokens": 1024}
+DASHED = (0, (4, 2))
+
+
+# -- tables -------------------------------------------------------------------------------------------------
+
+
+def load(*paths: Path | str) -> dict[str, Any]:
+    """The records of several files as one document. Raises ValueError for files of different devices."""
+    from zoology.benchmark import joined
+
+    return joined([json.loads(Path(path).read_text()) for path in paths])
+
+
+@functools.cache
+def published() -> pd.DataFrame:
+    """The published points, one a row, with their `source`."""
+    found = json.loads(PUBLISHED.read_text())
+    return pd.DataFrame(found["points"]).assign(source=lambda table: table["source"].map(found["sources"]))
+
+
+def points(document: dict[str, Any], kind: str) -> pd.DataFrame:
+    """One row per point of a kind: the columns of its record, `fits`, percentiles, the `published` speed or time."""
+    rows = []
+    for record in document["records"]:
+        if record["kind"] != kind:
+            continue
+        row = {key: value for key, value in record.items() if not isinstance(value, dict | list)}
+        times = record.get("ms", {"median": np.nan, "low": np.nan, "high": np.nan, "repeats": 0})
+        row |= {"fits": "out_of_memory" not in record, "published": _published(record)}
+        row |= {"bytes_needed": record.get("out_of_memory", {}).get("bytes_needed")}
+        if isinstance(times, dict):
+            row |= {"ms": times["median"], "ms_20": times["low"], "ms_80": times["high"], "repeats": times["repeats"]}
+        if segments := record.get("segments"):
+            row |= {
+                "first_ms_per_token": segments[0]["ms_per_token"],
+                "last_ms_per_token": segments[-1]["ms_per_token"],
+            }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _published(record: dict[str, Any]) -> float:
+    """Tokens/ms, or milliseconds of a kernel, that were published for the point of a record; NaN if none were."""
+    for point in published().to_dict("records"):
+        keys = [key for key in ("kind", "model", "length", "batch", "new_tokens") if not pd.isna(point[key])]
+        if all(point[key] == record.get(key) for key in keys):
+            return point["ms" if record["kind"] == "kernel" else "tokens_per_ms"]
+    return np.nan
+
+
+def segments(document: dict[str, Any]) -> pd.DataFrame:
+    """One row per generation point and segment: measured and bound milliseconds per token in the middle of it."""
+    rows = [
+        {key: record[key] for key in ("model", "batch", "length", "new_tokens")}
+        | {
+            "position": part["from"] + part["tokens"] / 2,
+            "ms_per_token": part["ms_per_token"],
+            "bound_ms": part["bound"]["ms"],
+            "state_bytes_read": part["moved"]["state_bytes_read"],
+            "weight_bytes": part["moved"]["weight_bytes"],
+        }
+        for record in document["records"]
+        for part in record.get("segments", ())
+    ]
+    return pd.DataFrame(rows)
+
+
+class StepTime:
+    """Milliseconds of a step by position: a line through the measured ones if the state grows, else their median."""
+
+    def __init__(self, parts: pd.DataFrame, column: str):
+        parts = parts.sort_values("position")
+        read, at = parts["state_bytes_read"].to_numpy(), parts["position"].to_numpy()
+        self.bytes_per_token = (read[-1] - read[-2]) / (at[-1] - at[-2]) if len(at) > 1 else 0.0
+        if self.bytes_per_token > 0:
+            self.slope, self.start = np.polyfit(at, parts[column], 1)
+        else:
+            self.slope, self.start = 0.0, float(parts[column].median())
+
+    def __call__(self, position):
+        return self.start + self.slope * np.asarray(position, dtype=float)
+
+
+def crossings(document: dict[str, Any], fast: str, slow: str, ratio: float = CLAIM) -> pd.DataFrame:
+    """By batch: how many times faster `fast` generates than `slow`, and the position from which it is `ratio` times.
+
+    `measured` and `by_bound` are ratios over the whole generation. `from_position` and `from_position_by_bound` solve
+    slow(position) = ratio * fast(position) on lines through the segments; `state_bytes` is what `slow` would hold
+    there, `fits` whether that and its weights are within the memory of the device.
+    """
+    parts, table = segments(document), points(document, "generation")
+    memory = document["device"].get("memory_bytes")
+    rows = []
+    for (batch, length), group in table[table["fits"]].groupby(["batch", "length"]):
+        by_model = group.drop_duplicates("model", keep="last").set_index("model")
+        if not {fast, slow} <= set(by_model.index):
+            continue
+        row = {"batch": batch, "prompt": length}
+        row["measured"] = by_model.loc[slow, "ms"] / by_model.loc[fast, "ms"]
+        row["by_bound"] = by_model.loc[slow, "bound_ms"] / by_model.loc[fast, "bound_ms"]
+        part = parts[(parts["batch"] == batch) & (parts["length"] == length)]
+        for column, name in (("ms_per_token", "from_position"), ("bound_ms", "from_position_by_bound")):
+            quick, late = (StepTime(part[part["model"] == model], column) for model in (fast, slow))
+            row[name] = (ratio * quick.start - late.start) / late.slope if late.slope > 0 else np.inf
+        row["state_bytes"] = late.bytes_per_token * row["from_position"]
+        weights = part[part["model"] == slow]["weight_bytes"].iloc[0]
+        row["fits"] = None if memory is None else bool(row["state_bytes"] + weights <= memory)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def recall(frame: pd.DataFrame, document: dict[str, Any]) -> pd.DataFrame:
+    """The selected points of a results frame (mean of slices) with the measured `tokens_per_ms` of each very model.
+
+    One row per point and batch size. Raises ValueError if no point of the frame was timed.
+    """
+    table = results.select(frame)
+    table = table[table["slice"] == results.MEAN]
+    timed = points(document, "generation")
+    if "point_id" not in timed or not set(timed["point_id"]) & set(table["point_id"]):
+        raise ValueError("none of these results was timed: must be records of `zoology.throughput --results` of them")
+    timed = timed[timed["fits"]][["point_id", "batch", "tokens_per_ms", "ms", "bound_ms", "share_of_bound"]]
+    return table.merge(timed, on="point_id", how="inner")
+
+
+# -- figures ------------------------------------------------------------------------------------------------
+
+
+def generation(document: dict[str, Any], batch: int = HEADLINE["batch"], prompt: int = HEADLINE["length"]):
+    """Draw tokens/ms by batch, the share of the bound, and the time of a step by position at one batch size.
+
+    Crosses on the lower edge: the batch does not fit. Returns the matplotlib figure.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    table = points(document, "generation")
+    table = table[(table["length"] == prompt)].sort_values("batch")
+    looks = _looks(document)
+    with rc_context(plot.RC):
+        figure = Figure(figsize=(12.4, 3.9), layout="constrained")
+        speed, share, step = figure.subplots(1, 3)
+        _draw_speed(speed, table, looks, "batch")
+        speed.set_title(f"{table['new_tokens'].iloc[0]:,} tokens after a prompt of {prompt:,}")
+        _draw_share(share, table, looks, "batch")
+        parts = segments(document)
+        parts = parts[(parts["batch"] == batch) & (parts["length"] == prompt)]
+        for name, look in looks.items():
+            mine = parts[parts["model"] == name].sort_values("position")
+            step.plot(mine["position"], mine["ms_per_token"], color=look.color, marker=look.marker, ms=3.5, lw=1.3)
+            step.plot(mine["position"], mine["bound_ms"], color=look.color, ls=DASHED, lw=0.9)
+        step.set(yscale="log", xlabel="position in the sequence (tokens)", ylabel="milliseconds per decode step")
+        _plain_ticks(step.yaxis)
+        step.set_title(f"time by position, batch {batch}")
+        _tidy(step, y=True)
+        _legend(step, looks, table)
+        figure.suptitle(_machine(document), fontsize=8, color="0.35")
+    return figure
+
+
+def prefill(document: dict[str, Any], batch: int = 1):
+    """Draw prefill in tokens/ms by length, and the share of the bound. Returns the matplotlib figure."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    table = points(document, "prefill")
+    table = table[table["batch"] == batch].sort_values("length")
+    looks = _looks(document)
+    with rc_context(plot.RC):
+        figure = Figure(figsize=(9.6, 3.9), layout="constrained")
+        speed, share = figure.subplots(1, 2)
+        _draw_speed(speed, table, looks, "length")
+        speed.set_title(f"prefill, batch {batch}")
+        _draw_share(share, table, looks, "length")
+        _legend(share, looks, table)
+        figure.suptitle(_machine(document), fontsize=8, color="0.35")
+    return figure
+
+
+def ratio(document: dict[str, Any], fast: str = "based-1.3b", slow: str = "attention-1.3b"):
+    """Draw how many times faster one model's decode step is than another's, by position, a line per batch size.
+
+    Solid where it was measured, dotted on the line through the measured times, up to where the slower model's state and
+    weights fill the memory of the device (a dot). The horizontal line is the published ratio. Returns the figure.
+    """
+    from matplotlib import colormaps, rc_context
+    from matplotlib.figure import Figure
+
+    parts = segments(document)
+    parts = parts[parts["model"].isin([fast, slow])]
+    prompts = parts.groupby("batch")["length"].min()
+    both = [batch for batch, group in parts.groupby("batch") if group["model"].nunique() == 2]
+    shades = colormaps["viridis"](np.linspace(0.0, 0.85, max(len(both), 2)))
+    with rc_context(plot.RC):
+        figure = Figure(figsize=(6.4, 3.9), layout="constrained")
+        axis = figure.subplots()
+        for batch, shade in zip(both, shades):
+            mine = parts[(parts["batch"] == batch) & (parts["length"] == prompts[batch])]
+            quick, late = (StepTime(mine[mine["model"] == model], "ms_per_token") for model in (fast, slow))
+            wide = mine.pivot_table(index="position", columns="model", values="ms_per_token")
+            axis.plot(wide.index, wide[slow] / wide[fast], color=shade, lw=2.2, label=f"batch {batch}", zorder=3)
+            last = document["device"].get("memory_bytes", np.inf) - mine["weight_bytes"].max()
+            last = last / late.bytes_per_token if late.bytes_per_token > 0 else np.inf
+            end = min(last, LONGEST)
+            if end > wide.index[-1]:
+                at = np.geomspace(wide.index[-1], end, 50)
+                axis.plot(at, late(at) / quick(at), color=shade, lw=1.1, ls=(0, (1, 1.5)), zorder=2)
+            if last <= LONGEST:
+                axis.plot([last], [late(last) / quick(last)], "o", color=shade, ms=5, zorder=3)
+        axis.axhline(CLAIM, color="0.45", lw=0.9, ls=DASHED)
+        axis.annotate(
+            f"published: {CLAIM:.0f}x at batch {HEADLINE['batch']}", (0, CLAIM), xycoords=("axes fraction", "data"),
+            xytext=(4, 3), textcoords="offset points", ha="left", fontsize=7.5, color="0.35",
+        )  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel="position in the sequence (tokens)")
+        axis.set_ylabel(f"decode step: {slow} / {fast}")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        _plain_ticks(axis.yaxis)
+        _tidy(axis, y=True)
+        axis.plot([], [], "o", color="0.4", ms=5, label="the memory is full")
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=1.8)
+        figure.suptitle(_machine(document), fontsize=8, color="0.35")
+    return figure
+
+
+LONGEST = 131_072  # tokens: as far as ratios are drawn
+
+
+def recall_and_speed(frame: pd.DataFrame, document: dict[str, Any], batch: int | None = None):
+    """Draw recall accuracy against state and against measured decode throughput, the same models in both panels.
+
+    Left: area of a marker by the tokens/ms of its model. Right: these tokens/ms are the horizontal axis. `batch` is the
+    largest one that was timed unless given. Returns the matplotlib figure.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    table = recall(frame, document)
+    batch = int(table["batch"].max()) if batch is None else batch
+    table = table[table["batch"] == batch]
+    looks = plot.styles(plot.by_name(frame))
+    area = _areas(table["tokens_per_ms"])
+    with rc_context(plot.RC):
+        figure = Figure(figsize=(10.4, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for name, look in looks.items():
+            mine = table[table["architecture"] == name].sort_values("state_bytes")
+            if mine.empty:
+                continue
+            best = plot.frontier(mine)
+            left.plot(best["state_bytes"], best["accuracy"], color=look.color, ls=look.linestyle, lw=1.1, zorder=2)
+            left.scatter(
+                mine["state_bytes"], mine["accuracy"], s=area(mine["tokens_per_ms"]), marker=look.marker,
+                color=look.color, edgecolor="white", lw=0.6, zorder=3, clip_on=False,
+            )  # fmt: skip
+            right.plot(
+                mine["tokens_per_ms"], mine["accuracy"], ls="none", marker=look.marker, ms=6, mec="white", mew=0.5,
+                color=look.color, zorder=3, clip_on=False,
+            )  # fmt: skip
+        longest = int(frame["state_seq_len"].max())
+        left.set(
+            xscale="log", xlabel=f"recurrent state at length {longest:,} (bytes per sequence, in training's dtype)"
+        )
+        left.set_ylabel(f"test accuracy, mean of {len(results.slice_names(frame))} slices")
+        right.set(
+            xscale="log", xlabel=f"generation of these very models (tokens/ms, batch {batch:,}, {_dtype(document)})"
+        )
+        fastest = table.sort_values("tokens_per_ms", ascending=False)
+        reached = fastest[fastest["accuracy"] > fastest["accuracy"].cummax().shift(fill_value=-1.0)]
+        right.step(reached["tokens_per_ms"], reached["accuracy"], where="pre", color="0.6", lw=0.9, zorder=1)
+        for axis in (left, right):
+            axis.set(ylim=(-0.02, 1.03), yticks=np.linspace(0, 1, 6))
+            _plain_ticks(axis.xaxis)
+            _tidy(axis)
+        _recall_legend(right, looks, table, area)
+        figure.suptitle(_machine(document), fontsize=8, color="0.35")
+    return figure
+
+
+def _areas(speeds: pd.Series):
+    """Marker areas between 18 and 160 square points, straight lines in the logarithm of the speed."""
+    low, high = np.log(speeds.min()), np.log(speeds.max())
+    return lambda values: 18 + 142 * (np.log(values) - low) / max(high - low, 1e-9)
+
+
+def _recall_legend(axis, looks, table: pd.DataFrame, area) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=look.color, marker=look.marker, ms=5, ls=look.linestyle, lw=1.1, label=name)
+        for name, look in looks.items()
+        if name in set(table["architecture"])
+    ]
+    shown = np.geomspace(table["tokens_per_ms"].min(), table["tokens_per_ms"].max(), 3)
+    handles += [
+        Line2D(
+            [], [], color="0.6", marker="o", ls="none", ms=float(np.sqrt(area(speed))), label=f"{speed:,.0f} tokens/ms"
+        )
+        for speed in shown
+    ]
+    handles.append(Line2D([], [], color="0.6", lw=0.9, label="best at that speed\nor faster"))
+    axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=2.6)
+
+
+# -- what the figures share ---------------------------------------------------------------------------------
+
+
+def _looks(document: dict[str, Any]) -> dict[str, plot.Style]:
+    """The same look for a model in every figure."""
+    return plot.styles(list(dict.fromkeys(r["model"] for r in document["records"] if r["kind"] != "kernel")))
+
+
+def _draw_speed(axis, table: pd.DataFrame, looks: dict[str, plot.Style], x: str) -> None:
+    tokens = table["batch"] * table["new_tokens"].where(table["new_tokens"] > 0, table["length"])
+    table = table.assign(bound=tokens / table["bound_ms"])
+    for name, look in looks.items():
+        mine = table[(table["model"] == name) & table["fits"]]
+        known = mine[mine["published"].notna()]
+        axis.plot(mine[x], mine["bound"], color=look.color, ls=DASHED, lw=0.9, zorder=2)
+        axis.plot(mine[x], mine["tokens_per_ms"], color=look.color, marker=look.marker, ms=4.5, lw=1.3, zorder=3)
+        axis.plot(
+            known[x], known["published"], ls="none", marker=look.marker, ms=7, mfc="none", mew=1.1, color=look.color,
+            zorder=4,
+        )  # fmt: skip
+        for value in table[(table["model"] == name) & ~table["fits"]][x]:
+            axis.plot(
+                [value], [0.0], "x", color=look.color, ms=6, mew=1.3, clip_on=False,
+                transform=axis.get_xaxis_transform(), zorder=5,
+            )  # fmt: skip
+    axis.set(xscale="log", yscale="log", ylabel="tokens per millisecond")
+    _plain_ticks(axis.yaxis)
+    _sizes(axis, table[x], x)
+    _tidy(axis, y=True)
+
+
+def _draw_share(axis, table: pd.DataFrame, looks: dict[str, plot.Style], x: str) -> None:
+    for name, look in looks.items():
+        mine = table[(table["model"] == name) & table["fits"]]
+        axis.plot(mine[x], 100 * mine["share_of_bound"], color=look.color, marker=look.marker, ms=4.5, lw=1.3)
+    axis.set(xscale="log", ylim=(0, 105), ylabel="share of the bound (%)", title="speed reached, of the bound")
+    _sizes(axis, table[x], x)
+    _tidy(axis)
+
+
+def _sizes(axis, values: pd.Series, x: str) -> None:
+    from matplotlib.ticker import NullLocator
+
+    known = sorted(values.unique())
+    axis.set_xticks(known, [f"{value}" for value in known], fontsize=7)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("batch size" if x == "batch" else "tokens of the prompt")
+
+
+def _plain_ticks(axis) -> None:
+    """Of a logarithmic axis: 1, 2, 5 and their tenfolds, written out."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if high > 100 and low >= 1 else "{x:g}"))
+
+
+def _tidy(axis, y: bool = False) -> None:
+    axis.grid(True, axis="y", which="both" if y else "major", color="0.92", lw=0.6)
+    axis.set_axisbelow(True)
+
+
+def _legend(axis, looks: dict[str, plot.Style], table: pd.DataFrame) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=look.color, marker=look.marker, ms=5, lw=1.3, label=name) for name, look in looks.items()
+    ]
+    handles.append(Line2D([], [], color="0.4", ls=DASHED, lw=0.9, label="bound of bytes\nand operations"))
+    if table["published"].notna().any():
+        handles.append(Line2D([], [], color="0.4", ls="none", marker="o", mfc="none", ms=7, label="published (H100)"))
+    if not table["fits"].all():
+        handles.append(Line2D([], [], color="0.4", ls="none", marker="x", ms=6, mew=1.3, label="does not fit"))
+    axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=2.4)
+
+
+def _dtype(document: dict[str, Any]) -> str:
+    return " and ".join(dict.fromkeys(r["dtype"] for r in document["records"] if r["kind"] == "generation"))
+
+
+def _machine(document: dict[str, Any]) -> str:
+    return f"{document['device']['name']}, torch {document['versions']['torch']}, {_dtype(document) or 'bf16'}"
+
+
+def figures(document: dict[str, Any]) -> dict[str, Any]:
+    """The figures that the records have data for, by file name."""
+    named = [record for record in document["records"] if "point_id" not in record]
+    timed = {key: [r for r in named if r["kind"] == key and "ms" in r] for key in ("generation", "prefill")}
+    of_models = document | {"records": named}
+    found: dict[str, Any] = {}
+    if timed["generation"]:
+        first = timed["generation"][0]
+        batches = [record["batch"] for record in timed["generation"]]
+        batch = HEADLINE["batch"] if HEADLINE["batch"] in batches else max(batches)
+        found["generation"] = generation(of_models, batch, first["length"])
+    if timed["prefill"]:
+        found["prefill"] = prefill(of_models, min(record["batch"] for record in timed["prefill"]))
+    if {"based-1.3b", "attention-1.3b"} <= {record["model"] for record in timed["generation"]}:
+        found["ratio"] = ratio(of_models)
+    return found
+
+
+def save_all(document: dict[str, Any], directory: Path) -> list[Path]:
+    """Write every figure that the records have data for."""
+    return [path for stem, drawn in figures(document).items() for path in plot.save_figure(drawn, directory, stem)]
+
+
+def save_recall(names: Sequence[Path], directory: Path) -> list[Path]:
+    """Write recall_and_speed for a results directory and the records of its models."""
+    results_of, *records = names
+    return plot.save_figure(recall_and_speed(results.load(results_of), load(*records)), directory, "recall_and_speed")

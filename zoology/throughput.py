@@ -1,0 +1,481 @@
+"""Prefill and generation in tokens per millisecond, each system beside the bound of what it must move and multiply.
+
+    python -m zoology.throughput [--models based-1.3b,...] [--batch 1,128] [--length 4096] [--out FILE.json]
+    python -m zoology.throughput --results DIR --batch 1024 --out FILE.json     # the models of a results directory
+    python -m zoology.throughput --kernels 32768 --out FILE.json                # one layer, as in the table of JRT
+    python -m zoology.throughput --draw FILE.json [--draw OTHER.json ...] [--plot DIR]
+
+A model is a preset, or NAME[:OPTION=VALUE][+NAME...]@WIDTH as in `zoology.benchmark`; weights are random, as are the
+tokens. Generation is timed on a prompt's state: `new_tokens` greedy tokens of every sequence, in segments, so that the
+time per token is seen to stay or to grow with the position. Prefill goes from an empty state to the logits of the last
+token. Both are what `model.generate` does. The first use of every shape is not timed; times are the median with 20th
+and 80th percentile. What cannot fit is recorded as such, with the bytes it needs. A point that FILE.json already holds
+is not measured again, and every point is written as soon as it is there.
+
+The bound of a step is the longer of two times: bytes over the bandwidth of a copy, and operations over the rate of a
+matrix product, both measured in the same run (`zoology.benchmark.measure_ceilings`); `zoology.bounds` says what counts.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+import architectures
+from architectures.mixer import count_bytes, state_tensors
+from zoology import presets, results
+from zoology.benchmark import describe, joined, measure_ceilings, parse_model, peak_memory
+from zoology.bounds import ModelWork, Moved, element_sizes
+from zoology.config import ModelConfig
+from zoology.doctor import machine
+from zoology.generation import Decoder, DoesNotFit
+from zoology.loops import backends_used
+from zoology.model import LanguageModel
+from zoology.runner import store
+
+MODELS = "attention-1.3b,based-1.3b,mamba-1.3b,jrt-1.3b"
+SEGMENT = 128  # tokens
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TINY_VOCABULARY = 8192  # of models given as text
+
+
+class Subject(NamedTuple):
+    """A model to time: how records call it, what it is, and what else records say about it."""
+
+    name: str
+    config: ModelConfig
+    also: dict[str, Any]
+    prompt: int | None = None
+    new_tokens: int | None = None
+
+
+class Point(NamedTuple):
+    """`kind` "generation" (length: of the prompt) or "prefill" (new_tokens 0)."""
+
+    kind: str
+    batch: int
+    length: int
+    new_tokens: int = 0
+
+
+class Effort(NamedTuple):
+    """At most `repeats` timed runs of a point, no more once `seconds` are spent; `profile` adds the longest kernels.
+
+    Without `compiled` the small operations of a decode step are not fused by torch.compile.
+    """
+
+    repeats: int = 5
+    seconds: float = 5.0
+    profile: bool = False
+    compiled: bool = True
+
+
+# -- clocks -------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Marks in the work of a device, and the milliseconds between them; nothing waits before `intervals`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.device.type == "cuda":
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def intervals(self) -> list[float]:
+        if self.device.type == "cuda":
+            self.marks[-1].synchronize()
+            return [first.elapsed_time(last) for first, last in zip(self.marks, self.marks[1:])]
+        return [1e3 * (last - first) for first, last in zip(self.marks, self.marks[1:])]
+
+
+def repeated(run: Callable[[], list[float]], effort: Effort) -> list[list[float]]:
+    """Results of `run`, once at least, as often as the effort allows."""
+    started, found = time.perf_counter(), [run()]
+    while len(found) < effort.repeats and time.perf_counter() - started < effort.seconds:
+        found.append(run())
+    return found
+
+
+def spread(times: list[float]) -> dict[str, Any]:
+    """Median, 20th and 80th percentile, and number of times."""
+    low, high = np.percentile(times, [20, 80])
+    return {"median": statistics.median(times), "low": float(low), "high": float(high), "repeats": len(times)}
+
+
+def longest_kernels(run: Callable[[], Any], device: torch.device, count: int = 12) -> list[dict[str, Any]]:
+    """The kernels (on a CPU the operators) that took longest in one `run`: name, calls, milliseconds, share of all."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        run()
+        if cuda:
+            torch.cuda.synchronize(device)
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    found = [(getattr(event, key) / 1e3, event) for event in profiler.key_averages()]
+    total = sum(ms for ms, _ in found)
+    found.sort(key=lambda pair: -pair[0])
+    return [{"name": e.key[:120], "calls": e.count, "ms": ms, "share": ms / total} for ms, e in found[:count] if ms > 0]
+
+
+# -- one point ----------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """One model on its device, its counts, and the ceilings of the machine."""
+
+    def __init__(self, subject: Subject, device: torch.device, dtype: torch.dtype, ceilings: dict[str, float]):
+        self.subject, self.device, self.dtype, self.ceilings = subject, device, dtype, ceilings
+        self.model: LanguageModel = presets.build_config(subject.config, device=device, dtype=dtype)
+        self.work = ModelWork(subject.config)
+
+    def measure(self, point: Point, effort: Effort) -> dict[str, Any]:
+        """The record of a point: its times beside its bound, or that it does not fit."""
+        record = {"kind": point.kind, "model": self.subject.name, "batch": point.batch, "length": point.length}
+        record |= {"new_tokens": point.new_tokens, "dtype": _name(self.dtype), **self.subject.also}
+        record |= {"parameters": self.model.num_parameters()}
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            with torch.no_grad():
+                measured = (self._generation if point.kind == "generation" else self._prefill)(point, effort)
+        except (DoesNotFit, torch.cuda.OutOfMemoryError) as error:
+            measured = {"out_of_memory": _memory_error(error)}
+        free_memory(self.device)
+        return record | measured
+
+    def _generation(self, point: Point, effort: Effort) -> dict[str, Any]:
+        decoder = Decoder(
+            self.model, point.batch, point.length + point.new_tokens, compiled="auto" if effort.compiled else False
+        )
+        prompt = self._tokens(point.batch, point.length)
+        sizes = [min(SEGMENT, point.new_tokens - done) for done in range(0, point.new_tokens, SEGMENT)]
+
+        def first() -> Tensor:
+            decoder.reset()
+            return decoder.prefill(prompt, self._prefix_length(point)).argmax(-1)
+
+        def run() -> list[float]:
+            tokens, clock = first(), Clock(self.device)
+            clock.mark()
+            for size in sizes:
+                tokens = decoder.decode(tokens, size)[:, -1]
+                clock.mark()
+            return clock.intervals()
+
+        decoder.decode(first(), min(sizes[0], 8))
+        times = repeated(run, effort)
+        sizes_of_state, segments, done = element_sizes(decoder.state.layers), [], point.length
+        for size, taken in zip(sizes, zip(*times)):
+            moved = self.work.step(point.batch, done + (size + 1) // 2, self._weight_bytes(), sizes_of_state)
+            segments.append(
+                {"from": done, "tokens": size, "ms_per_token": statistics.median(taken) / size, **self._bound(moved)}
+            )
+            done += size
+        record = self._timed([sum(taken) for taken in times], point.batch * point.new_tokens)
+        record["bound_ms"] = sum(part["tokens"] * part["bound"]["ms"] for part in segments)
+        kernels = {}
+        if effort.profile:
+            tokens = first()
+            kernels = {"longest_kernels": longest_kernels(lambda: decoder.decode(tokens, 8), self.device)}
+        return self._with_share(record) | {"segments": segments} | self._machine(decoder) | kernels
+
+    def _prefill(self, point: Point, effort: Effort) -> dict[str, Any]:
+        decoder = Decoder(self.model, point.batch, point.length, graphs=False)
+        tokens, prefix_length = self._tokens(point.batch, point.length), self._prefix_length(point)
+
+        def run() -> list[float]:
+            decoder.reset()
+            clock = Clock(self.device)
+            clock.mark()
+            decoder.prefill(tokens, prefix_length)
+            clock.mark()
+            return clock.intervals()
+
+        run()
+        record = self._timed([taken for (taken,) in repeated(run, effort)], point.batch * point.length)
+        moved = self.work.prefill(
+            point.batch, point.length, self._weight_bytes(), element_sizes(decoder.state.layers), prefix_length
+        )
+        bound = self._bound(moved)
+        record |= {"prefix_length": prefix_length, "bound_ms": bound["bound"]["ms"], **bound}
+        if effort.profile:
+            record["longest_kernels"] = longest_kernels(run, self.device)
+        return self._with_share(record) | self._machine(decoder)
+
+    def _tokens(self, batch: int, length: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        size = (batch, length)
+        return torch.randint(self.subject.config.vocab_size, size, generator=generator).to(self.device)
+
+    def _prefix_length(self, point: Point) -> int:
+        """A model that takes a prefix reads all it is given as one."""
+        return point.length if self.model.takes_prefix else 0
+
+    def _weight_bytes(self) -> int:
+        return self.model.embedding.weight.element_size()
+
+    def _bound(self, moved: Moved) -> dict[str, Any]:
+        return {"moved": moved._asdict(), "bound": moved.milliseconds(self.ceilings, _name(self.dtype))}
+
+    def _timed(self, times: list[float], tokens: int) -> dict[str, Any]:
+        return {"ms": spread(times), "tokens_per_ms": tokens / statistics.median(times)}
+
+    def _with_share(self, record: dict[str, Any]) -> dict[str, Any]:
+        return record | {"share_of_bound": record["bound_ms"] / record["ms"]["median"]}
+
+    def _machine(self, decoder: Decoder) -> dict[str, Any]:
+        used: dict[str, list[str]] = {}
+        for key, names in backends_used(self.model).items():
+            found = used.setdefault(key.split(".", 1)[1], [])
+            found += [name for name in names if name not in found]
+        return {
+            "state_bytes": sum(count_bytes(tensor) for _, tensor in state_tensors(decoder.state)),
+            "peak_memory_bytes": peak_memory(self.device),
+            "backends": used,
+            "execution": {"graphs": decoder.graphs, "compiled": decoder.compiled, "chunk_size": decoder.chunk_size},
+        }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known is dtype)
+
+
+def _memory_error(error: Exception) -> dict[str, Any]:
+    """What was known before anything was allocated; of an error while running, its message."""
+    return {
+        "bytes_needed": getattr(error, "needed", None),
+        "bytes_available": getattr(error, "available", None),
+        "message": str(error).split("\n")[0][:300],
+    }
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what the last point held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# -- all points ---------------------------------------------------------------------------------------------
+
+
+def subjects(models: list[str], n_layers: int | None = None, vocab_size: int = TINY_VOCABULARY) -> list[Subject]:
+    """Presets by name, and models as text. Raises ValueError for unknown presets, listing the known ones."""
+    found = []
+    for name in models:
+        config = parse_model(name, vocab_size) if "@" in name else presets.config(name)
+        if n_layers is not None:
+            config = ModelConfig(
+                **{key: getattr(config, key) for key in ModelConfig.model_fields} | {"n_layers": n_layers}
+            )
+        found.append(Subject(name, config, {"layers": config.n_layers}))
+    return found
+
+
+def trained(directory: Path) -> list[Subject]:
+    """Every model of a results directory, rates and seeds apart, over the last eighth of its longest test."""
+    found = {}
+    for record in results.load_records(directory):
+        config = ModelConfig(**record["config"]["model"])
+        length = max(part["seq_len"] for part in record["slices"])
+        new = max(1, length // 8)
+        name = f"{record['architecture']} {record['point_id']}"
+        also = {"architecture": record["architecture"], "point_id": record["point_id"], "layers": config.n_layers}
+        found.setdefault(record["point_id"], Subject(name, config, also, length - new, new))
+    return sorted(found.values(), key=lambda subject: subject.name)
+
+
+def points(
+    subject: Subject, batches: list[int], prompt: int, new_tokens: int, lengths: list[int], prefill_batch: int
+) -> Iterator[Point]:
+    """Generation at every batch, then prefill at every length."""
+    for batch in batches:
+        yield Point("generation", batch, subject.prompt or prompt, subject.new_tokens or new_tokens)
+    for length in lengths:
+        yield Point("prefill", prefill_batch, length)
+
+
+def kernel_records(length: int, ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """One layer of batch 16 at `length` tokens, as in the kernel table of "Just read twice" (arXiv:2407.05483).
+
+    The cases are those of `kernels.benchmark`, parity checks included. JRT-Prompt is Based on twice the tokens; JRT-RNN
+    reads all its tokens as a prefix. Raises ValueError without a GPU.
+    """
+    from kernels import benchmark
+
+    if not torch.cuda.is_available() or not benchmark.installed("triton"):
+        raise ValueError("--kernels: needs a CUDA device and Triton")
+    limits = {"copy_tb_per_s": ceilings["copy"] / 1e12, "bf16_tflop_per_s": ceilings["bf16"] / 1e12}
+    flash = "softmax, flash-attn" if benchmark.installed("flash_attn") else "softmax, SDPA flash"
+    for system, cases, wanted in (
+        ("Based", benchmark.taylor_cases([length]), {"implementation": "ours"}),
+        ("JRT-Prompt", benchmark.taylor_cases([2 * length]), {"implementation": "ours"}),
+        ("JRT-RNN", benchmark.prefix_cases([length]), {"M": length}),
+        ("FlashAttention-2", benchmark.taylor_cases([length]), {"implementation": flash}),
+    ):
+        case = next(c for c in cases if c.direction == "forward" and wanted.items() <= _told(c).items())
+        yield {"kind": "kernel", "model": system, "length": length, **benchmark.measure(case, limits)}
+
+
+def _told(case: Any) -> dict[str, Any]:
+    return {"implementation": case.implementation, **case.shape}
+
+
+class Records:
+    """A document that is written whenever a record is added, and knows which points it holds."""
+
+    def __init__(self, document: dict[str, Any], path: Path | None, report: Callable[[str], Any]):
+        self.document, self.path, self.report = document, path, report
+        if path is not None and path.is_file():
+            self.document = joined([json.loads(path.read_text()), document])
+
+    def holds(self, subject: Subject, point: Point) -> bool:
+        asked = {"model": subject.name, **point._asdict(), "layers": subject.config.n_layers}
+        return any(asked.items() <= record.items() for record in self.document["records"])
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.document["records"].append(record)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            store.write_atomically(self.path, json.dumps(self.document, indent=1) + "\n")
+        self.report(line(record))
+
+
+def line(record: dict[str, Any]) -> str:
+    """One row of the log."""
+    if record["kind"] == "kernel":
+        took = f"{record['ms']:9.3f} ms" if "ms" in record else f"refused: {record['refused']}"
+        return f"{'layer':11} {record['model']:28} {record['shape']} {took}"
+    start = f"{record['kind']:11} {record['model']:28} batch {record['batch']:5} length {record['length']:6}"
+    if "out_of_memory" in record:
+        return f"{start} out of memory: {record['out_of_memory']['message']}"
+    ms = record["ms"]
+    text = (
+        f"{start} {record['tokens_per_ms']:9.2f} tokens/ms  {ms['median']:9.2f} ms ({ms['low']:.2f}-{ms['high']:.2f}, "
+        f"{ms['repeats']} times) {record['share_of_bound']:6.1%} of bound"
+    )
+    if record["kind"] == "generation":
+        parts = record["segments"]
+        text += f"  ms/token {parts[0]['ms_per_token']:.3f} first, {parts[-1]['ms_per_token']:.3f} last"
+    if record["peak_memory_bytes"] is not None:
+        text += f"  {record['peak_memory_bytes'] / 1e9:.1f} GB"
+    return text
+
+
+# -- command line -------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def command(
+    models: Annotated[str, typer.Option(help="presets or NAME[:OPTION=VALUE][+NAME...]@WIDTH, by commas")] = MODELS,
+    batch: Annotated[str, typer.Option(help="batch sizes of generation; empty: none")] = "1,8,32,128,512,1024",
+    length: Annotated[str, typer.Option(help="lengths of prefill; empty: none")] = "2048,4096,8192,16384,32768",
+    prompt: Annotated[int, typer.Option(min=1, help="tokens before generation")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 1024,
+    prefill_batch: Annotated[int, typer.Option(min=1, help="batch size of prefill")] = 1,
+    n_layers: Annotated[int, typer.Option(min=0, help="cut models to so many layers; 0: do not")] = 0,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32; default: bf16 on a GPU")] = "",
+    device: Annotated[str, typer.Option(help="default: the GPU if there is one")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="timed runs of a point, at most")] = 5,
+    seconds: Annotated[float, typer.Option(min=0, help="no further run once a point has taken so long")] = 5.0,
+    profile: Annotated[bool, typer.Option(help="add the longest kernels to every record")] = False,
+    compiled: Annotated[bool, typer.Option(help="fuse the small operations of a decode step")] = True,
+    architectures_file: Annotated[
+        list[Path] | None, typer.Option("--architectures", help="file of your own architectures (again to add)")
+    ] = None,
+    results_of: Annotated[Path | None, typer.Option("--results", help="time the models of these results")] = None,
+    kernels: Annotated[int, typer.Option(min=0, help="time one layer at this length")] = 0,
+    out: Annotated[Path | None, typer.Option(help="raw records, JSON; measures what is missing there")] = None,
+    draw_from: Annotated[
+        list[Path] | None, typer.Option("--draw", help="join these records (again to add), measure nothing")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="folder for the figures of the records")] = None,
+) -> None:
+    """Time prefill and generation; see the module's docstring."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = dtype or ("bf16" if where.type == "cuda" else "fp32")
+    try:
+        if chosen not in DTYPES:
+            raise ValueError(f"--dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+        if draw_from:
+            document = joined([json.loads(path.read_text()) for path in draw_from])
+        else:
+            for path in architectures_file or ():
+                architectures.load_file(path)
+            asked = trained(results_of) if results_of else subjects(models.split(","), n_layers or None)
+            effort = Effort(repeats, seconds, profile, compiled)
+            document = _measure(
+                [] if kernels else asked, where, DTYPES[chosen], effort, out, kernels,
+                lambda subject: points(
+                    subject, _numbers("--batch", batch), prompt, new_tokens,
+                    [] if results_of else _numbers("--length", length), prefill_batch,
+                ),
+            )  # fmt: skip
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"zoology.throughput: {error}") from None
+    if draw_from and out is not None:
+        store.write_atomically(out, json.dumps(document, indent=1) + "\n")
+    if plot is not None:
+        from zoology import plots_throughput
+
+        plot.mkdir(parents=True, exist_ok=True)
+        print("\n".join(map(str, plots_throughput.save_all(document, plot))))
+
+
+def _measure(
+    asked: list[Subject], device: torch.device, dtype: torch.dtype, effort: Effort, out: Path | None, kernels: int,
+    points_of: Callable[[Subject], Iterator[Point]],
+) -> dict[str, Any]:  # fmt: skip
+    planned = [(subject, list(points_of(subject))) for subject in asked]
+    found = describe(device, "zoology.throughput")
+    found["versions"] |= {name: version for name, version in machine(device)["versions"].items() if version}
+    if device.type == "cuda":
+        found["device"]["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    found |= {"ceilings": measure_ceilings(device), "records": []}
+    records = Records(found, out, lambda text: print(text, flush=True))
+    if kernels:
+        for record in kernel_records(kernels, found["ceilings"]):
+            records.add(record)
+    for subject, wanted in planned:
+        missing = [point for point in wanted if not records.holds(subject, point)]
+        if not missing:
+            continue
+        bench = Bench(subject, device, dtype, found["ceilings"])
+        for point in missing:
+            records.add(bench.measure(point, effort))
+        del bench
+        free_memory(device)
+    return records.document
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    if not all(part.isdigit() and int(part) > 0 for part in text.split(",")) and text:
+        raise ValueError(f"{option} {text!r}: must be whole numbers above 0, separated by commas")
+    return [int(part) for part in text.split(",") if part]
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
