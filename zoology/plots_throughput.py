@@ -280,12 +280,10 @@ def recall_and_speed(frame: pd.DataFrame, document: dict[str, Any], batch: int |
                 color=look.color, zorder=3, clip_on=False,
             )  # fmt: skip
         longest = int(frame["state_seq_len"].max())
-        left.set(
-            xscale="log", xlabel=f"recurrent state at length {longest:,} (bytes per sequence, in training's dtype)"
-        )
+        left.set(xscale="log", xlabel=f"recurrent state at length {longest:,} (bytes per sequence, as trained)")
         left.set_ylabel(f"test accuracy, mean of {len(results.slice_names(frame))} slices")
         right.set(
-            xscale="log", xlabel=f"generation of these very models (tokens/ms, batch {batch:,}, {_dtype(document)})"
+            xscale="log", xlabel=f"generation of the same models (tokens/ms, batch {batch:,}, {_dtype(document)})"
         )
         fastest = table.sort_values("tokens_per_ms", ascending=False)
         reached = fastest[fastest["accuracy"] > fastest["accuracy"].cummax().shift(fill_value=-1.0)]

@@ -1,7 +1,7 @@
 """Prefill and generation in tokens per millisecond, each system beside the bound of what it must move and multiply.
 
     python -m zoology.throughput [--models based-1.3b,...] [--batch 1,128] [--length 4096] [--out FILE.json]
-    python -m zoology.throughput --results DIR --batch 1024 --out FILE.json     # the models of a results directory
+    python -m zoology.throughput --results DIR --batch 4096 --out FILE.json     # the models of a results directory
     python -m zoology.throughput --kernels 32768 --out FILE.json                # one layer, as in the table of JRT
     python -m zoology.throughput --draw FILE.json [--draw OTHER.json ...] [--plot DIR]
 
@@ -42,6 +42,7 @@ from zoology.generation import Decoder, DoesNotFit
 from zoology.loops import backends_used
 from zoology.model import LanguageModel
 from zoology.runner import store
+from zoology.runner.plan import load_sweep
 
 MODELS = "attention-1.3b,based-1.3b,mamba-1.3b,jrt-1.3b"
 SEGMENT = 128  # tokens
@@ -289,17 +290,28 @@ def subjects(models: list[str], n_layers: int | None = None, vocab_size: int = T
     return found
 
 
-def trained(directory: Path) -> list[Subject]:
-    """Every model of a results directory, rates and seeds apart, over the last eighth of its longest test."""
-    found = {}
-    for record in results.load_records(directory):
-        config = ModelConfig(**record["config"]["model"])
-        length = max(part["seq_len"] for part in record["slices"])
-        new = max(1, length // 8)
-        name = f"{record['architecture']} {record['point_id']}"
-        also = {"architecture": record["architecture"], "point_id": record["point_id"], "layers": config.n_layers}
-        found.setdefault(record["point_id"], Subject(name, config, also, length - new, new))
-    return sorted(found.values(), key=lambda subject: subject.name)
+def trained(source: Path, scale: str) -> list[Subject]:
+    """Every model of a results directory, or of an experiment file at a scale; rates and seeds make no other model.
+
+    Generation is timed over the last eighth of the longest test, at the state that accuracy is drawn against.
+    """
+    if source.is_file():
+        runs = load_sweep(source, scale)
+        found = [_trained(run.architecture, run.point_id, run.model, run.data.max_test_length) for run in runs]
+    else:
+        records = results.load_records(source)
+        lengths = [max(part["seq_len"] for part in record["slices"]) for record in records]
+        found = [
+            _trained(record["architecture"], record["point_id"], ModelConfig(**record["config"]["model"]), length)
+            for record, length in zip(records, lengths)
+        ]
+    return [subject for _, subject in sorted({subject.name: subject for subject in found}.items())]
+
+
+def _trained(architecture: str, point_id: str, config: ModelConfig, length: int) -> Subject:
+    new = max(1, length // 8)
+    also = {"architecture": architecture, "point_id": point_id, "layers": config.n_layers}
+    return Subject(f"{architecture} {point_id}", config, also, length - new, new)
 
 
 def points(
@@ -402,7 +414,10 @@ def command(
     architectures_file: Annotated[
         list[Path] | None, typer.Option("--architectures", help="file of your own architectures (again to add)")
     ] = None,
-    results_of: Annotated[Path | None, typer.Option("--results", help="time the models of these results")] = None,
+    results_of: Annotated[
+        Path | None, typer.Option("--results", help="time the models of these results, or of an experiment file")
+    ] = None,
+    scale: Annotated[str, typer.Option(help="of that experiment file")] = "paper",
     kernels: Annotated[int, typer.Option(min=0, help="time one layer at this length")] = 0,
     out: Annotated[Path | None, typer.Option(help="raw records, JSON; measures what is missing there")] = None,
     draw_from: Annotated[
@@ -421,7 +436,7 @@ def command(
         else:
             for path in architectures_file or ():
                 architectures.load_file(path)
-            asked = trained(results_of) if results_of else subjects(models.split(","), n_layers or None)
+            asked = trained(results_of, scale) if results_of else subjects(models.split(","), n_layers or None)
             effort = Effort(repeats, seconds, profile, compiled)
             document = _measure(
                 [] if kernels else asked, where, DTYPES[chosen], effort, out, kernels,

@@ -1,6 +1,7 @@
 """The throughput command on tiny models, and its figures and tables from made-up records."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 from zoology import plots_throughput, presets, results, throughput
 from zoology.model import LanguageModel
+from zoology.runner.plan import load_sweep
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 MODELS = ["base_conv+attention@16", "base_conv+based:feature_dim=4@16"]
 HUGE = 10**9
 
@@ -143,6 +146,16 @@ def test_every_trained_model_is_timed_at_its_longest_test(recalled):
         of_point = frame[frame["point_id"] == found["point_id"]].iloc[0]
         assert found["state_bytes"] == 4 * of_point["state_bytes"]
         assert found["parameters"] == of_point["parameters"]
+
+
+def test_the_models_of_an_experiment_file_are_those_its_results_will_have():
+    file = EXPERIMENTS / "mqar_sweep.py"
+    found = {subject.also["point_id"]: subject for subject in throughput.trained(file, "smoke")}
+    runs = {run.point_id: run for run in load_sweep(file, "smoke")}
+    assert found.keys() == runs.keys()
+    for point, subject in found.items():
+        assert subject.config == runs[point].model
+        assert subject.prompt + subject.new_tokens == runs[point].data.max_test_length
 
 
 def test_recall_and_speed_stand_at_the_same_models(recalled):
