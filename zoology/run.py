@@ -21,6 +21,7 @@ from zoology.config import RunConfig
 from zoology.loggers import LoggedView, make_loggers
 from zoology.runner import plan, progress, store
 from zoology.runner.driver import Exit, Signals, SweepOutcome, partition, run_sweep
+from zoology.runner.memory import RESERVED, MemoryEstimate
 from zoology.runner.plan import PlanError, PlannedRun
 
 
@@ -46,6 +47,9 @@ class Rerun(str, Enum):
     all = "all"
 
 
+JOBS_PER_GPU = 2
+"""While one run compiles its model, another trains."""
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -57,7 +61,10 @@ def run(
     only: Annotated[str | None, typer.Option(help="architectures to run, separated by commas")] = None,
     engine: Annotated[EngineName, typer.Option(help="worker processes here, or a Ray cluster")] = EngineName.local,
     address: Annotated[str | None, typer.Option(help="address of the Ray cluster; default: one of its own")] = None,
-    jobs: Annotated[int | None, typer.Option(help="runs at once, per GPU; default: 1 per GPU, or 1 per core")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help=f"runs at once per GPU, memory permitting; default: {JOBS_PER_GPU}, or 1 per core"),
+    ] = None,
     seeds: Annotated[int | None, typer.Option(help="seeds 0 to N-1 instead of the experiment's own")] = None,
     best_seeds: Annotated[
         int | None, typer.Option(help="also seeds 0 to N-1 at the best learning rate, for models that are done")
@@ -159,7 +166,7 @@ def worker_setups(options: dict[str, Any], devices: Sequence[str], directory: Pa
     if jobs is not None and jobs < 1:
         raise PlanError(f"--jobs {jobs}: must be at least 1")
     on_cpu = devices == ["cpu"]
-    places = [device for _ in range(jobs or (cores if on_cpu else 1)) for device in devices]
+    places = [device for _ in range(jobs or (cores if on_cpu else JOBS_PER_GPU)) for device in devices]
     # Threads of several workers on the same cores wait for each other: 2 where there is 1 core cost 20 times the time.
     threads = 1 if on_cpu else max(1, cores // len(places))
     shared = {
@@ -187,10 +194,7 @@ def execute(
     todo, left_failed = partition(runs, found, options["rerun"])
     for run_id, reason in found.broken.items():
         _say(console, f"result of run {run_id} {reason}: it will be done again", style="yellow")
-    estimate = plan.Estimate()
-    for planned in runs:
-        if planned.run_id in found.finished:
-            estimate.observe(planned, found.finished[planned.run_id]["wall_seconds"])
+    estimate, memory = known_from(runs, found.finished)
     setups = setups[: max(1, len(todo))]
     _say(console, overview(runs, todo, left_failed, setups, directory))
     outcome = SweepOutcome(Exit.DONE, {}, {})
@@ -204,6 +208,7 @@ def execute(
             total=len(runs),
             done=len(runs) - len(todo),
             estimate=estimate,
+            memory=memory,
             retries=options["retries"],
             fresh=options["rerun"] == "all",
             time_limit=limits["time_limit"],
@@ -216,6 +221,17 @@ def execute(
     return report(console, runs, directory, records, failed, outcome.exit, points=points, redraw=bool(todo))
 
 
+def known_from(runs: list[PlannedRun], finished: dict[str, dict[str, Any]]) -> tuple[plan.Estimate, MemoryEstimate]:
+    """What the finished runs say about time and memory."""
+    estimate, memory = plan.Estimate(), MemoryEstimate()
+    for planned in runs:
+        if (record := finished.get(planned.run_id)) is not None:
+            estimate.observe(planned, record["wall_seconds"])
+            if record["device"]["type"] == "cuda" and (peak := record["peak_memory_bytes"]):
+                memory.observe(planned, RESERVED * peak, whole=True)
+    return estimate, memory
+
+
 def make_engine(options: dict[str, Any], setups: list[Any], timeout: float | None):
     """The engine that was asked for."""
     if options["engine"] == "ray":
@@ -224,7 +240,7 @@ def make_engine(options: dict[str, Any], setups: list[Any], timeout: float | Non
         return RayEngine(setups, address=options["address"], jobs=options["jobs"] or 1, timeout=timeout)
     from zoology.engines.local import LocalEngine
 
-    return LocalEngine(setups, timeout=timeout)
+    return LocalEngine(setups, timeout=timeout, memory=plan.device_memory({setup.device for setup in setups}))
 
 
 def overview(runs, todo, left_failed, setups, directory) -> str:

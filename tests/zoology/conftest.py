@@ -60,7 +60,10 @@ class InProcessEngine:
     def free(self):
         return 0 if self.busy else 1
 
-    def start(self, run_id, point_id, config_json):
+    def fits(self, point_id, needs):
+        return True
+
+    def start(self, run_id, point_id, config_json, needs):
         self.busy = True
         self.started.append(run_id)
         self.events.append(Started(run_id, 0))

@@ -78,7 +78,7 @@ def test_a_sweep_on_a_cluster_survives_a_killed_worker(tmp_path, make_run, watch
     try:
         assert (engine.slots, engine.free) == (2, 2)
         path.unlink()  # nodes have no disk in common with the driver: the file has travelled already
-        engine.start(hanging.run_id, hanging.point_id, hanging.config.model_dump_json())
+        engine.start(hanging.run_id, hanging.point_id, hanging.config.model_dump_json(), 0.0)
         assert engine.free == 1
         events = []
         while not any(isinstance(event, Finished) for event in events):

@@ -230,7 +230,7 @@ def test_jobs_are_per_gpu_and_threads_are_shared(tmp_path, experiment, monkeypat
     setups = run.worker_setups(options, ["cuda:0", "cuda:1"], tmp_path)
     assert [setup.device for setup in setups] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
     assert {setup.threads for setup in setups} == {4}
-    assert len(run.worker_setups(options | {"jobs": None}, ["cuda:0", "cuda:1"], tmp_path)) == 2
+    assert len(run.worker_setups(options | {"jobs": None}, ["cuda:0", "cuda:1"], tmp_path)) == 2 * run.JOBS_PER_GPU
     on_cpu = run.worker_setups(options | {"jobs": None}, ["cpu"], tmp_path)
     assert (len(on_cpu), {setup.threads for setup in on_cpu}) == (16, {1})
 

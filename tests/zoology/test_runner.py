@@ -12,7 +12,6 @@ import zoology.runner.store as store
 from architectures import backends
 from architectures.backends import BackendError
 from zoology.config import SCHEMA_VERSION, TrainConfig
-from zoology.engines.local import Finished
 from zoology.runner import plan, worker
 from zoology.runner.driver import Exit, partition, run_sweep
 from zoology.runner.plan import PlanError
@@ -343,46 +342,6 @@ def test_the_longest_runs_start_first(make_run):
     assert plan.longest_first([short, wide, long], lambda run: None) == [long, wide, short]
     seconds = {short.run_id: 3.0, long.run_id: 1.0, wide.run_id: 2.0}
     assert plan.longest_first([short, wide, long], lambda run: seconds[run.run_id]) == [short, wide, long]
-
-
-class ScriptedEngine:
-    """`slots` workers with GPUs, of which none runs anything: runs end in the order in which they were started."""
-
-    def __init__(self, slots):
-        self.slots, self.points, self.busy, self.log = slots, [None] * slots, {}, []
-
-    @property
-    def free(self):
-        return self.slots - len(self.busy)
-
-    @property
-    def built(self):
-        return {point for worker, point in enumerate(self.points) if worker not in self.busy.values()} - {None}
-
-    def start(self, run_id, point_id, config_json):
-        idle = [worker for worker in range(self.slots) if worker not in self.busy.values()]
-        worker = min(idle, key=lambda worker: self.points[worker] != point_id)
-        self.log.append((worker, point_id, self.points[worker] == point_id))
-        self.busy[run_id], self.points[worker] = worker, point_id
-
-    def poll(self, timeout):
-        run_id = next(iter(self.busy))
-        del self.busy[run_id]
-        return [Finished(run_id, None, Failure("error", "not meant to run"))]
-
-    def stop(self):
-        pass
-
-
-@pytest.mark.parametrize(("slots", "compilations"), [(1, 3), (2, 4), (3, 3), (4, 6)])
-def test_a_worker_that_compiled_a_model_gets_its_other_rates(tmp_path, make_run, watcher, slots, compilations):
-    """Three models at four rates. A worker that has none of its own left helps with another's, as the third of two."""
-    layers = [("base_conv", name) for name in ("attention", "based", "sliding_window")]
-    runs = plan.make_plan([make_run(names, lr=lr) for lr in (1e-3, 2e-3, 3e-3, 4e-3) for names in layers], "cpu")
-    engine = ScriptedEngine(slots)
-    sweep(runs, tmp_path, engine, watcher)
-    assert len(engine.log) == 12
-    assert sum(not reused for _, _, reused in engine.log) == compilations
 
 
 def test_estimates_learn_from_the_point_then_the_architecture_then_any(make_run):

@@ -17,9 +17,13 @@ from zoology.runner import plan, store, worker
 from zoology.runner.driver import Exit, run_sweep
 
 TROUBLE = '''
-import os, sys, time, torch
+import multiprocessing, os, sys, time, torch
 from architectures import SequenceMixer, register
 from typing import NamedTuple
+from zoology.runner import worker
+
+if multiprocessing.parent_process() is not None:  # in a worker, what a GPU would say is made up
+    worker.read_memory = lambda device: worker.Memory(int(os.environ.get("MEMORY_TAKEN", "0")), 0)
 
 
 class Nothing(NamedTuple):
@@ -30,12 +34,13 @@ class Nothing(NamedTuple):
 class Trouble(SequenceMixer):
     """Does as `what` says when it is first run, in `where` a file appears each time."""
 
-    def __init__(self, d_model: int, *, what: str = "nothing", where: str = "", backend: str = "auto"):
+    def __init__(self, d_model: int, *, what: str = "nothing", where: str = "", takes: int = 0, backend: str = "auto"):
         super().__init__(d_model, backend=backend)
-        self.what, self.where = what, where
+        self.what, self.where, self.takes = what, where, takes
         self.scale = torch.nn.Parameter(torch.ones(d_model))
 
     def forward(self, x):
+        os.environ["MEMORY_TAKEN"] = str(self.takes)
         if self.where:
             open(f"{self.where}-{os.getpid()}", "a").close()
         if self.what == "crash":
@@ -49,6 +54,8 @@ class Trouble(SequenceMixer):
             raise MemoryError("no 7 GB left")
         if self.what == "hang":
             time.sleep(600)
+        if self.what == "slow":
+            time.sleep(0.05)
         if self.what == "nan":
             return x * self.scale * float("nan")
         return x * self.scale
@@ -89,8 +96,8 @@ def trouble(tmp_path):
 def make_engine(tmp_path):
     engines = []
 
-    def make(*files, jobs=1, **options):
-        setup = worker.Setup("cpu", 1, str(tmp_path), tuple(map(str, files)), None, None)
+    def make(*files, jobs=1, device="cpu", threads=1, experiment=None, **options):
+        setup = worker.Setup(device, threads, str(tmp_path), tuple(map(str, files)), experiment, None)
         engines.append(LocalEngine([setup] * jobs, **options))
         return engines[-1]
 
@@ -145,15 +152,66 @@ def test_a_run_that_hangs_is_given_up(tmp_path, make_run, trouble, make_engine, 
 
 
 def test_a_run_without_memory_beside_another_gets_the_device_alone(tmp_path, make_run, trouble, make_engine, watcher):
-    """Two workers share a device; the run that finds no memory ends one of them, and fails only when it is alone."""
-    (run,) = plan.make_plan([troubled(make_run(), what="memory")], "cpu")
+    """It waits for the other to end, and fails only then, with what it needed; the sweep goes on."""
+    slow, short, later = plan.make_plan(
+        [
+            troubled(make_run(num_examples=256), what="slow"),
+            troubled(make_run(), what="memory"),
+            troubled(make_run(num_examples=16), what="nothing"),
+        ],
+        "cpu",
+    )
+    watcher.started = lambda run, worker: watcher.seen.append(("started", run.run_id, len(watcher.progress.active)))
     engine = make_engine(trouble, jobs=2)
-    outcome = run_sweep([run], engine, tmp_path, watcher, total=1)
-    assert [seen for seen in watcher.seen if seen[0] == "note"] == [
-        ("note", f"{run.label}: out of memory on cpu: 1 runs at once there from now on")
-    ]
-    assert outcome.failures == {run.run_id: "out of memory: no 7 GB left"}
-    assert engine.slots == watcher.progress.slots == 1
+    outcome = run_sweep([slow, short, later], engine, tmp_path, watcher, total=3)
+    assert outcome.failures == {short.run_id: "out of memory: no 7 GB left"}
+    assert set(outcome.records) == {slow.run_id, later.run_id}
+    notes = [seen for seen in watcher.seen if seen[0] == "note"]
+    assert notes == [("note", f"{short.label}: out of memory beside others on cpu: to be tried there alone")]
+    ends = [seen[1] for seen in watcher.seen if seen[0] == "finished"]
+    assert ends.index(slow.run_id) < ends.index(short.run_id)
+    tries = [seen for seen in watcher.seen if seen[:2] == ("started", short.run_id)]
+    assert [active for _, _, active in tries] == [2, 1]
+
+
+def test_runs_share_a_device_while_what_they_took_fits(tmp_path, make_run, trouble, make_engine, watcher):
+    """Readings are made up: 6 GB for one model and 2 GB for another, on a device of 10 GB."""
+    large = plan.with_seeds([troubled(make_run(epochs=2), what="slow", takes=6_000_000_000)], 3)
+    small = plan.with_seeds([troubled(make_run(num_examples=32), what="slow", takes=2_000_000_000)], 2)
+    engine, together = make_engine(trouble, jobs=3, memory={"cpu": 10e9}), []
+
+    def started(run, worker):
+        active = watcher.progress.active.values()
+        together.append(sorted(active.run.config.model.layers[0].options["takes"] // 10**9 for active in active))
+
+    watcher.started = started
+    outcome = run_sweep(plan.make_plan([*large, *small], "cpu"), engine, tmp_path, watcher, total=5)
+    assert len(outcome.records) == 5
+    assert together[2] == [6, 6, 6]  # on a guess of half a GB each
+    # Once known, 6 + 2 GB and two processes' own .7 GB are under 10, and 6 + 6 and 6 + 2 + 2 above.
+    assert len(together) == 5
+    assert all(takes in ([2], [2, 2], [2, 6]) for takes in together[3:])
+
+
+def test_a_worker_sees_its_own_gpu_as_the_first(tmp_path, make_run, make_engine, watcher, monkeypatch):
+    """Compiled code names its GPU: if each worker had another number, none could use another's cache."""
+    spy = tmp_path / "spy.py"
+    spy.write_text(
+        "import os, pathlib\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'seen').open('a').write("
+        "' '.join([os.environ['CUDA_VISIBLE_DEVICES'], os.environ['TORCHINDUCTOR_COMPILE_THREADS']]) + '\\n')\n"
+    )
+    (run,) = plan.make_plan([make_run()], "cpu")
+    for visible, device in ((None, "cuda:2"), ("5,GPU-8a,7", "cuda:1")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        outcome = run_sweep(
+            [run], make_engine(experiment=str(spy), device=device, threads=3), tmp_path, watcher, total=1, retries=0
+        )
+        assert list(outcome.failures) == [run.run_id]  # there is no GPU here
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+    assert (tmp_path / "seen").read_text().split("\n") == ["2 3", "GPU-8a 3", ""]
 
 
 def test_a_killed_worker_costs_its_epochs_since_the_checkpoint_only(tmp_path, make_run, make_engine, watcher):

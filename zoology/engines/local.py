@@ -6,12 +6,13 @@ of a message is an end of file, never a hang; process pools share a queue and a 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from zoology.runner.worker import Failure, Setup, serve
 
 LEAVE_SECONDS = 5.0
+CONTEXT_BYTES = 0.7e9  # what a process takes of a GPU's memory for CUDA itself and for kernels
 START_SECONDS = 300.0  # importing torch from a cold network disk takes minutes, a hang takes for ever
 
 
@@ -32,10 +34,11 @@ class Started(NamedTuple):
 
 
 class EpochDone(NamedTuple):
-    """An epoch of a run ended."""
+    """An epoch of a run ended; `peak_memory` is what its worker took of a GPU so far, in bytes."""
 
     run_id: str
     epoch: dict[str, Any]
+    peak_memory: int | None = None
 
 
 class Finished(NamedTuple):
@@ -44,10 +47,11 @@ class Finished(NamedTuple):
     run_id: str
     record: dict[str, Any] | None
     failure: Failure | None
+    peak_memory: int | None = None
 
 
 class Crowded(NamedTuple):
-    """A run found too little memory beside others on its device: fewer run there from now on, and it can try again."""
+    """A run found too little memory beside others on its device: it can try again when it has that to itself."""
 
     run_id: str
     message: str
@@ -59,12 +63,15 @@ Event = Started | EpochDone | Finished | Crowded
 class LocalEngine:
     """Runs on this machine: one worker per entry of `setups`, `timeout` seconds for each run at most.
 
-    Workers that share a device and run out of memory become fewer; a run fails for lack of memory only when it was
-    alone on its device.
+    `memory` says how many bytes each GPU has. Runs share one while what they take, as far as it is known, fits; a run
+    fails for lack of memory only when it was alone on its device.
     """
 
-    def __init__(self, setups: Sequence[Setup], *, timeout: float | None = None):
+    def __init__(
+        self, setups: Sequence[Setup], *, timeout: float | None = None, memory: Mapping[str, float] | None = None
+    ):
         self._workers = [_Worker(index, setup, timeout) for index, setup in enumerate(setups)]
+        self._memory = memory or {}
 
     @property
     def slots(self) -> int:
@@ -73,7 +80,7 @@ class LocalEngine:
 
     @property
     def free(self) -> int:
-        """How many more runs can be started now."""
+        """How many more runs can be started now, if there is memory for them."""
         return sum(worker.run_id is None for worker in self._workers)
 
     @property
@@ -83,11 +90,51 @@ class LocalEngine:
             return None
         return {worker.point_id for worker in self._workers if worker.run_id is None and worker.alive}
 
-    def start(self, run_id: str, point_id: str, config_json: str) -> None:
-        """Give a run to a free worker: one that has built its model, or at least has imported torch."""
-        free = [worker for worker in self._workers if worker.run_id is None]
-        worker = min(free, key=lambda worker: (worker.point_id != point_id, not worker.alive))
-        worker.start(run_id, point_id, config_json)
+    def fits(self, point_id: str, needs: float) -> bool:
+        """Whether a free worker's device has memory for a run of this point that needs so many bytes."""
+        return self._place(point_id, needs) is not None
+
+    def start(self, run_id: str, point_id: str, config_json: str, needs: float) -> None:
+        """Give a run that `fits` to a free worker: one that has built its model, else on the least busy device."""
+        worker = self._place(point_id, needs)
+        neighbours = [other for other in self._on(worker.setup.device) if other is not worker]
+        if not self._has_room(worker.setup.device, needs, neighbours):
+            for other in neighbours:
+                if other.run_id is None:
+                    other.kill()  # what it keeps for later runs of its model is in the way
+        if needs == math.inf and worker.point_id != point_id:
+            worker.kill()
+        for other in neighbours:
+            other.alone = False
+        worker.alone = not any(other.alive for other in neighbours)
+        worker.start(run_id, point_id, config_json, needs)
+
+    def _place(self, point_id: str, needs: float) -> _Worker | None:
+        """The free worker that is to have a run, if one's device has room, if need be after idle ones are ended."""
+        busy: dict[str, list[_Worker]] = {}
+        for worker in self._workers:
+            if worker.run_id is not None:
+                busy.setdefault(worker.setup.device, []).append(worker)
+        places = [
+            worker
+            for worker in self._workers
+            if worker.run_id is None and self._has_room(worker.setup.device, needs, busy.get(worker.setup.device, []))
+        ]
+
+        def preference(worker: _Worker) -> tuple:
+            return worker.point_id != point_id, len(busy.get(worker.setup.device, ())), not worker.alive
+
+        return min(places, key=preference, default=None)
+
+    def _has_room(self, device: str, needs: float, neighbours: Sequence[_Worker]) -> bool:
+        claims = [claim for worker in neighbours if (claim := worker.claim)]
+        if not claims:
+            return True  # nobody is there: if that is not enough, nothing is
+        total = needs + CONTEXT_BYTES + sum(claims)
+        return total < math.inf and total <= self._memory.get(device, math.inf)
+
+    def _on(self, device: str) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.setup.device == device]
 
     def poll(self, timeout: float) -> list[Event]:
         """What happened, after waiting for at most `timeout` seconds for something to happen."""
@@ -98,16 +145,12 @@ class LocalEngine:
         return [self._relieve(worker, event) for worker in busy for event in worker.events()]
 
     def _relieve(self, worker: _Worker, event: Event) -> Event:
-        """Where memory ran out on a device that several workers share, one worker fewer shares it."""
-        if not isinstance(event, Finished) or event.failure is None or event.failure.kind != "out of memory":
-            return event
-        device = worker.setup.device
-        sharing = sum(other.setup.device == device for other in self._workers)
-        if sharing == 1:
+        """A run without memory beside others has not failed yet."""
+        out_of_memory = isinstance(event, Finished) and event.failure and event.failure.kind == "out of memory"
+        if not out_of_memory or worker.alone:
             return event
         worker.kill()
-        self._workers.remove(worker)
-        return Crowded(event.run_id, f"out of memory on {device}: {sharing - 1} runs at once there from now on")
+        return Crowded(event.run_id, f"out of memory beside others on {worker.setup.device}: to be tried there alone")
 
     def pids(self) -> list[int]:
         """Process ids of the workers that live."""
@@ -135,6 +178,9 @@ class _Worker:
         self.run_id: str | None = None
         self.point_id: str | None = None  # of its latest run
         self.deadline: float | None = None
+        self.needs = 0.0  # bytes, of its run
+        self.held = 0.0  # bytes, kept after it
+        self.alone = True  # on its device, ever since its run started
         self.process: Any = None
         self.connection: Any = None
         self.log = Path(setup.directory, "logs", f"worker-{index}.log")
@@ -144,10 +190,17 @@ class _Worker:
     def alive(self) -> bool:
         return self.process is not None and self.process.is_alive()
 
-    def start(self, run_id: str, point_id: str, config_json: str) -> None:
+    @property
+    def claim(self) -> float:
+        """Bytes of its device that are not for others: 0 if there is no process."""
+        if self.run_id is None:
+            return CONTEXT_BYTES + self.held if self.alive else 0.0
+        return CONTEXT_BYTES + max(self.needs, self.held)
+
+    def start(self, run_id: str, point_id: str, config_json: str, needs: float) -> None:
         if not self.alive:
             self._spawn()
-        self.run_id, self.point_id = run_id, point_id
+        self.run_id, self.point_id, self.needs = run_id, point_id, needs
         self.deadline = time.monotonic() + START_SECONDS
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
         # If it died just now, `events` will see that.
@@ -158,10 +211,11 @@ class _Worker:
         self.kill()
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
+        setup, surroundings = _on_its_own_gpu(self.setup)
         self.process = context.Process(
-            target=serve, args=(theirs, self.setup, str(self.log)), name=f"zoology-worker-{self.index}", daemon=True
+            target=serve, args=(theirs, setup, str(self.log)), name=f"zoology-worker-{self.index}", daemon=True
         )
-        with _interrupts_blocked():
+        with _interrupts_blocked(), _environment(surroundings):
             self.process.start()
         theirs.close()
 
@@ -189,12 +243,17 @@ class _Worker:
             self.deadline = float("inf") if self.timeout is None else time.monotonic() + self.timeout
             yield Started(rest[0], self.index)
         elif kind == "epoch":
-            yield EpochDone(*rest)
+            run_id, epoch, memory = rest
+            self.needs = max(self.needs, memory.peak if memory else 0)
+            yield EpochDone(run_id, epoch, memory and memory.peak)
         elif kind == "done":
+            run_id, record, failure, memory = rest
             self.run_id = self.deadline = None
-            if rest[2] is not None and self.setup.device.startswith("cuda"):
-                self.kill()  # after an illegal access nothing runs in that process any more, and a new one is cheap
-            yield Finished(*rest)
+            self.held = memory.held if memory else 0.0
+            # After an illegal access nothing runs in that process any more; a loss that is not finite harms nobody.
+            if failure is not None and failure.kind != "diverged" and self.setup.device.startswith("cuda"):
+                self.kill()
+            yield Finished(run_id, record, failure, memory and memory.peak)
 
     def _give_up(self, run_id: str, kind: str, message: str) -> Finished:
         self.kill()
@@ -226,6 +285,36 @@ class _Worker:
             self.process.close()
             self.connection.close()
         self.process = self.connection = self.point_id = None
+        self.held = 0.0
+
+
+def _on_its_own_gpu(setup: Setup) -> tuple[Setup, dict[str, str]]:
+    """The setup of a worker that sees one GPU only, and its environment.
+
+    Compiled code names the GPU it runs on: where that is the first for every worker, all share one cache on the disk.
+    """
+    if not setup.device.startswith("cuda"):
+        return setup, {}
+    index, visible = int(setup.device.partition(":")[2] or 0), os.environ.get("CUDA_VISIBLE_DEVICES")
+    surroundings = {"CUDA_VISIBLE_DEVICES": visible.split(",")[index].strip() if visible else str(index)}
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        surroundings["TORCHINDUCTOR_COMPILE_THREADS"] = str(setup.threads)
+    return setup._replace(device="cuda:0"), surroundings
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]):
+    """Start a process with these variables changed."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

@@ -75,7 +75,11 @@ class RayEngine:
         """Which worker gets a run is Ray's choice, so no point is preferred."""
         return None
 
-    def start(self, run_id: str, point_id: str, config_json: str) -> None:
+    def fits(self, point_id: str, needs: float) -> bool:
+        """Ray gives each run the share of a GPU that `jobs` says, whatever it needs."""
+        return True
+
+    def start(self, run_id: str, point_id: str, config_json: str, needs: float) -> None:
         """Hand a run to the cluster."""
         device = "cuda:0" if self._on_gpu else "cpu"  # Ray shows a task the GPU it was given as its only one
         ref = self._task.remote(self._mailbox, self._setup._replace(device=device), self._files, run_id, config_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from zoology.engines.local import Crowded, EpochDone, Event, Finished, Started
 from zoology.runner import store
+from zoology.runner.memory import MemoryEstimate
 from zoology.runner.plan import Estimate, PlannedRun, longest_first
 from zoology.runner.worker import Failure
 
@@ -37,7 +39,8 @@ class Engine(Protocol):
 
     @property
     def built(self) -> Collection[str] | None: ...
-    def start(self, run_id: str, point_id: str, config_json: str) -> None: ...
+    def fits(self, point_id: str, needs: float) -> bool: ...
+    def start(self, run_id: str, point_id: str, config_json: str, needs: float) -> None: ...
     def poll(self, timeout: float) -> list[Event]: ...
     def stop(self) -> None: ...
 
@@ -127,6 +130,7 @@ def run_sweep(
     total: int,
     done: int = 0,
     estimate: Estimate | None = None,
+    memory: MemoryEstimate | None = None,
     retries: int = 1,
     fresh: bool = False,
     time_limit: float | None = None,
@@ -136,6 +140,7 @@ def run_sweep(
 
     Args:
         total, done: size of the whole plan and how much of it is done already, for the view.
+        estimate, memory: what is known of times and memory from earlier runs.
         retries: how often a run is tried again whose worker died.
         fresh: start from the first epoch also where there is a checkpoint.
         time_limit: seconds after which runs in progress are given up and the sweep ends with Exit.TIME_LIMIT.
@@ -146,7 +151,7 @@ def run_sweep(
     estimate = estimate or Estimate()
     pending = deque(longest_first(runs, estimate.seconds))
     progress = Progress(total, done, 0, pending, {}, estimate, engine.slots)
-    sweep = _Sweep(engine, directory, view, progress, retries, fresh)
+    sweep = _Sweep(engine, directory, view, progress, memory or MemoryEstimate(), retries, fresh)
     deadline = float("inf") if time_limit is None else time.monotonic() + time_limit
     view.begin(progress)
     try:
@@ -185,11 +190,21 @@ class Signals:
 
 
 class _Sweep:
-    def __init__(self, engine: Engine, directory: Path, view: View, progress: Progress, retries: int, fresh: bool):
+    def __init__(
+        self,
+        engine: Engine,
+        directory: Path,
+        view: View,
+        progress: Progress,
+        memory: MemoryEstimate,
+        retries: int,
+        fresh: bool,
+    ):
         self.engine = engine
         self.directory = directory
         self.view = view
         self.progress = progress
+        self.memory = memory
         self.retries = retries
         self.fresh = fresh
         self.records: dict[str, dict[str, Any]] = {}
@@ -200,25 +215,40 @@ class _Sweep:
         while progress.pending or progress.active:
             if (reason := stop()) is not None:
                 return reason
-            while progress.pending and self.engine.free:
-                self._start(self._next())
+            while progress.pending and self.engine.free and (run := self._next()) is not None:
+                self._start(run)
             for event in self.engine.poll(0.2):
                 self._handle(event)
             self.view.tick()
         return Exit.DONE
 
-    def _next(self) -> PlannedRun:
-        """The longest run; where models are compiled, of one a free worker has, else of one nobody is at work on."""
+    def _next(self) -> PlannedRun | None:
+        """The longest run that fits into memory beside those in progress; None if all have to wait.
+
+        Where models are compiled, a run of a model that a free worker has goes first, then of one that nobody is at
+        work on, then of one that another worker has compiled: its code is on the disk then.
+        """
         pending, built = self.progress.pending, self.engine.built
         if built is None:
-            return pending.popleft()
-        at_work = {active.run.point_id for active in self.progress.active.values()}
-        here = (index for index, run in enumerate(pending) if run.point_id in built)
-        elsewhere = (index for index, run in enumerate(pending) if run.point_id not in at_work)
-        index = next(here, next(elsewhere, 0))
-        run = pending[index]
-        del pending[index]
-        return run
+            choices = iter(range(len(pending)))
+        else:
+            at_work = {active.run.point_id for active in self.progress.active.values()}
+            compiled = {active.run.point_id for active in self.progress.active.values() if active.epoch is not None}
+            choices = itertools.chain(
+                (index for index, run in enumerate(pending) if run.point_id in built),
+                (index for index, run in enumerate(pending) if run.point_id not in at_work),
+                (index for index, run in enumerate(pending) if run.point_id in compiled),
+            )
+        refused: set[str] = set()
+        for index in choices:
+            run = pending[index]
+            if run.point_id in refused:
+                continue
+            if self.engine.fits(run.point_id, self.memory.bytes(run)):
+                del pending[index]
+                return run
+            refused.add(run.point_id)
+        return None
 
     def _start(self, run: PlannedRun) -> None:
         folder = store.RunFolder(self.directory, run.run_id)
@@ -228,7 +258,10 @@ class _Sweep:
         except OSError as error:
             self._fail(run.run_id, Failure("error", f"cannot write its files: {error}"))
             return
-        self.engine.start(run.run_id, run.point_id, run.config.model_dump_json())
+        self._give(run)
+
+    def _give(self, run: PlannedRun) -> None:
+        self.engine.start(run.run_id, run.point_id, run.config.model_dump_json(), self.memory.bytes(run))
 
     def _handle(self, event: Event) -> None:
         active = self.progress.active[event.run_id]
@@ -237,13 +270,15 @@ class _Sweep:
             self.view.started(active.run, event.worker)
         elif isinstance(event, EpochDone):
             active.epoch = event.epoch
+            if event.peak_memory is not None:
+                self.memory.observe(active.run, event.peak_memory, whole=False)
             # On a full disk it is the result that decides whether the run is kept.
             with suppress(OSError):
                 active.folder.add_epoch(event.epoch)
             self.view.epoch(active.run, event.epoch)
         elif isinstance(event, Crowded):
+            self.memory.crowded(active.run)
             self.progress.pending.appendleft(self.progress.active.pop(event.run_id).run)
-            self.progress.slots = self.engine.slots
             self.view.note(f"{active.run.label}: {event.message}")
         elif event.record is not None:
             self._finish(active, event)
@@ -261,13 +296,15 @@ class _Sweep:
             return
         self.records[event.run_id] = event.record
         self.progress.estimate.observe(active.run, event.record["wall_seconds"])
+        if event.peak_memory is not None:
+            self.memory.observe(active.run, event.peak_memory, whole=True)
         self._leave(active, event.record, "")
 
     def _retry(self, active: Active) -> None:
         active.attempt += 1
         active.epoch, active.worker, active.since = None, None, time.monotonic()
         active.folder.restart()
-        self.engine.start(active.run.run_id, active.run.point_id, active.run.config.model_dump_json())
+        self._give(active.run)
 
     def _fail(self, run_id: str, failure: Failure) -> None:
         active = self.progress.active[run_id]

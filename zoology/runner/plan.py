@@ -280,6 +280,15 @@ def resolve_devices(text: str) -> list[str]:
     return names
 
 
+def device_memory(devices: Iterable[str]) -> dict[str, float]:
+    """Bytes that runs may share, by GPU: nine tenths of what there is, for memory is not divided without waste."""
+    return {
+        device: 0.9 * torch.cuda.get_device_properties(device).total_memory
+        for device in devices
+        if device.startswith("cuda")
+    }
+
+
 def summary(runs: Sequence[PlannedRun]) -> dict[str, Any]:
     """Counts for one line about a plan."""
     return {

@@ -48,6 +48,13 @@ class Failure(NamedTuple):
     details: str = ""
 
 
+class Memory(NamedTuple):
+    """Bytes that a worker's process took from the memory of its GPU, beside what CUDA itself needs for a process."""
+
+    peak: int  # at most, since its latest run started
+    held: int  # now
+
+
 def prepare(setup: Setup) -> None:
     """Threads and registrations of a fresh worker."""
     torch.set_num_threads(setup.threads)
@@ -220,6 +227,16 @@ def versions() -> dict[str, str | None]:
     }
 
 
+def read_memory(device: str) -> Memory | None:
+    """What this process holds of its GPU; None on a CPU, and where the GPU does not answer any more."""
+    if torch.device(device).type != "cuda":
+        return None
+    try:
+        return Memory(torch.cuda.max_memory_reserved(device), torch.cuda.memory_reserved(device))
+    except RuntimeError:
+        return None
+
+
 def _reset_peak_memory() -> bool:
     """Forget the process's peak memory of earlier runs, where the system allows it (Linux)."""
     try:
@@ -243,7 +260,8 @@ def _peak_memory() -> int | None:
 def serve(connection, setup: Setup, log: str) -> None:
     """Main loop of a worker process: takes (run id, config), sends messages until the driver hangs up.
 
-    Messages are ("ready",), ("started", run id), ("epoch", run id, epoch) and ("done", run id, record, failure).
+    Messages are ("ready",), ("started", run id), ("epoch", run id, epoch, memory) and ("done", run id, record, failure,
+    memory), with the `Memory` of its device.
     """
     import faulthandler
     import multiprocessing
@@ -269,10 +287,10 @@ def serve(connection, setup: Setup, log: str) -> None:
         connection.send(("started", run_id))
 
         def on_epoch(epoch: dict[str, Any], run_id: str = run_id) -> None:
-            connection.send(("epoch", run_id, epoch))
+            connection.send(("epoch", run_id, epoch, read_memory(setup.device)))
 
         result, failure = attempt(setup, config_json, on_epoch)
-        connection.send(("done", run_id, result, failure))
+        connection.send(("done", run_id, result, failure, read_memory(setup.device)))
 
 
 def _redirect_output(log: str) -> None:
