@@ -400,6 +400,7 @@ class Decoder:
                 self.count.zero_()
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
+    @torch.no_grad()
     def _recorded(self, sampled: bool) -> Any:
         if sampled not in self._graphs:
             graph = torch.cuda.CUDAGraph()
