@@ -1,7 +1,7 @@
 """Speed and memory of training, against the plain loop of the same models and against what the device could do.
 
     python -m zoology.benchmark [--models base_conv+attention@128,...] [--shapes 64x4,256x64] [--precisions tf32,bf16]
-                                [--out FILE.json] [--plot FILE.png]
+                                [--jobs 8] [--out FILE.json] [--plot FILE.png]
     python -m zoology.benchmark --draw FILE.json [--draw OTHER.json ...] --plot FILE.png [--out JOINED.json]
     python -m zoology.benchmark --protocol base_conv+attention@128 --precisions bf16 --out FILE.json
 
@@ -12,18 +12,23 @@ step over the rate of matrix products, and the bytes it must move over the bandw
 Operations are those of the reference implementation, with the head at labelled positions (three products). Bytes are
 28 for each parameter (AdamW reads four numbers and writes three), and the inputs and outputs of all linear layers, read
 and written once forward and once backward and read once more for gradients: all else could stay on chip.
+
+With `--jobs`, as many processes build their loops side by side, which takes a compiler's minute each, and measure one
+at a time when all are built: nothing else runs on the device while a number is taken.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -109,29 +114,9 @@ class Timing(NamedTuple):
     peak_memory_bytes: int | None
 
 
-@contextmanager
-def alone(lock: Path | None) -> Iterator[None]:
-    """Hold the file `lock`, so that of several processes that build loops side by side one measures at a time."""
-    if lock is None:
-        yield
-        return
-    import fcntl
-
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def time_steps(
-    run: Callable[[], Any], steps: int, repeats: int, device: torch.device, lock: Path | None = None
-) -> list[float]:
+def time_steps(run: Callable[[], Any], steps: int, repeats: int, device: torch.device) -> list[float]:
     """Milliseconds per step of `run`, which does `steps` of them, after one untimed run."""
-    with alone(lock):
-        run()
-        return _time_steps(run, steps, repeats, device)
-
-
-def _time_steps(run: Callable[[], Any], steps: int, repeats: int, device: torch.device) -> list[float]:
+    run()
     times = []
     for _ in range(repeats):
         if device.type == "cuda":
@@ -148,6 +133,23 @@ def _time_steps(run: Callable[[], Any], steps: int, repeats: int, device: torch.
     return times
 
 
+def longest_kernels(
+    run: Callable[[], Any], steps: int, device: torch.device, number: int = 20
+) -> dict[str, Any] | None:
+    """Kernels of one step of `run`, which does `steps`: how many, their microseconds, and the longest by name."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize(device)
+    rows = [
+        {"name": event.key[:90], "count": event.count / steps, "us": event.device_time_total / steps}
+        for event in profile.key_averages()
+    ]
+    rows.sort(key=lambda row: -row["us"])
+    return {"count": sum(r["count"] for r in rows), "us": sum(r["us"] for r in rows), "longest": rows[:20]}
+
+
 def timing(times: list[float], peak: int | None) -> dict[str, Any]:
     return Timing(statistics.median(times), min(times), max(times), len(times), peak)._asdict()
 
@@ -156,10 +158,9 @@ def peak_memory(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def measure_baseline(
-    config: RunConfig, shape: Shape, device: torch.device, repeats: int, lock: Path | None = None
-) -> dict[str, Any]:
+def measure_baseline(model: ModelConfig, shape: Shape, device: torch.device, repeats: int) -> dict[str, Any]:
     """The plain loop: eager, float32, head and loss everywhere."""
+    config = run_config(model, shape, "fp32")
     steps = min(shape.steps, 8)
     examples = config.data.train[0].task.sample(shape.batch_size * steps, seed=0)
     if device.type == "cuda":
@@ -178,14 +179,12 @@ def measure_baseline(
             optimizer.step()
 
     with computing_in("fp32", device):
-        times = time_steps(epoch, steps, repeats, device, lock)
+        times = time_steps(epoch, steps, repeats, device)
     return timing(times, peak_memory(device))
 
 
-def measure(
-    config: RunConfig, shape: Shape, device: torch.device, repeats: int, mode: str, lock: Path | None = None
-) -> dict[str, Any]:
-    """The loop that `train` would take, or the one that is named."""
+def build(config: RunConfig, shape: Shape, device: torch.device, mode: str) -> StaticLoop | EagerLoop:
+    """The loop that `train` would take, or the one that is named, at the start of a run."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -206,23 +205,30 @@ def measure(
         loop.execution = loop.execution._replace(reason=reason)
     else:
         loop.load(model, config)
+    forget_loops()
+    return loop
+
+
+def measure(
+    loop: StaticLoop | EagerLoop, config: RunConfig, shape: Shape, device: torch.device, repeats: int
+) -> dict[str, Any]:
+    """Time of a step of the loop, what it ran, and its longest kernels."""
     rows = torch.randperm(shape.batch_size * shape.steps, generator=torch.Generator().manual_seed(0))
     batches = [(0, part) for part in rows.split(shape.batch_size)]
+
+    def epoch(steps: int = shape.steps) -> None:
+        if isinstance(loop, StaticLoop):
+            loop.replay([0] * steps)
+        else:
+            loop.train_epoch(1, batches[:steps])
+
     with computing_in(config.train.precision, device):
         first_loss = loop.train_epoch(1, batches)
-
-        def epoch() -> None:
-            if isinstance(loop, StaticLoop):
-                loop.replay([0] * shape.steps)
-            else:
-                loop.train_epoch(1, batches)
-
-        times = time_steps(epoch, shape.steps, repeats, device, lock)
-    peak = peak_memory(device)
-    record = {"step_ms": timing(times, peak), "first_epoch_loss": first_loss, "backends": loop.backends()}
-    record["execution"] = loop.execution._asdict()
-    forget_loops()
-    return record
+        times = time_steps(epoch, shape.steps, repeats, device)
+        record = {"step_ms": timing(times, peak_memory(device)), "first_epoch_loss": first_loss}
+        few = min(4, shape.steps)
+        kernels = longest_kernels(partial(epoch, few), few, device)
+    return record | {"backends": loop.backends(), "execution": loop.execution._asdict(), "kernels": kernels}
 
 
 def count_work(model: ModelConfig, shape: Shape, precision: str) -> dict[str, float]:
@@ -248,13 +254,8 @@ def count_work(model: ModelConfig, shape: Shape, precision: str) -> dict[str, fl
     }
 
 
-def measure_ceilings(device: torch.device, lock: Path | None = None) -> dict[str, float]:
+def measure_ceilings(device: torch.device) -> dict[str, float]:
     """Bytes per second of a copy (read + write), operations per second of a matrix product in each precision."""
-    with alone(lock):
-        return _measure_ceilings(device)
-
-
-def _measure_ceilings(device: torch.device) -> dict[str, float]:
     cuda = device.type == "cuda"
     number, size = (1 << 28, 8192) if cuda else (1 << 22, 256)
     source = torch.randn(number, device=device)
@@ -293,6 +294,67 @@ def describe(device: torch.device, module: str = "zoology.benchmark") -> dict[st
     }
 
 
+class Case(NamedTuple):
+    """One record to be; `baseline` says whether to measure the plain loop too, which all precisions share."""
+
+    model: str
+    shape: Shape
+    precision: str
+    baseline: bool
+
+
+def cases(models: list[str], shapes: list[Shape], precisions: list[str]) -> list[Case]:
+    return [Case(m, s, p, p == precisions[0]) for m, s, p in product(models, shapes, precisions)]
+
+
+def measure_case(
+    case: Case, device: torch.device, repeats: int, mode: str, ready: Callable[[], Any] = lambda: None
+) -> dict[str, Any]:
+    """A record without its floor. Between building and measuring `ready` is called, which may wait."""
+    text, shape, precision, with_baseline = case
+    try:
+        model = parse_model(text, shape.vocab_size)
+        config = run_config(model, shape, precision)
+        loop = build(config, shape, device, mode)
+    finally:
+        ready()
+    record = {"model": text, "precision": precision, **shape._asdict()}
+    record |= measure(loop, config, shape, device, repeats)
+    del loop
+    record["baseline_step_ms"] = measure_baseline(model, shape, device, repeats) if with_baseline else None
+    record["work"] = count_work(model, shape, precision)
+    return record
+
+
+_together: dict[str, Any] = {}
+
+
+def _join(barrier, turn) -> None:
+    _together.update(barrier=barrier, turn=turn)
+
+
+def _measure_in_turn(case: Case, device: str, repeats: int, mode: str) -> dict[str, Any]:
+    """`measure_case` in a process that waits until all have built, and then for its turn."""
+
+    def ready() -> None:
+        _together["barrier"].wait()
+        _together["turn"].acquire()
+
+    try:
+        return measure_case(case, torch.device(device), repeats, mode, ready)
+    finally:
+        _together["turn"].release()
+
+
+def measure_together(todo: list[Case], device: torch.device, repeats: int, mode: str) -> list[dict[str, Any]]:
+    """Records of the cases, each built in a process of its own, side by side, and measured alone."""
+    context = multiprocessing.get_context("spawn")
+    together = (context.Barrier(len(todo)), context.Lock())
+    with ProcessPoolExecutor(len(todo), context, initializer=_join, initargs=together) as pool:
+        futures = [pool.submit(_measure_in_turn, case, str(device), repeats, mode) for case in todo]
+        return [future.result() for future in futures]
+
+
 def benchmark(
     models: list[str],
     shapes: list[Shape],
@@ -301,26 +363,30 @@ def benchmark(
     *,
     repeats: int = 5,
     mode: str = "auto",
-    lock: Path | None = None,
+    jobs: int = 1,
     report: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
     """All records of models, shapes and precisions, with the machine they hold for."""
     for precision in precisions:
         check_precision(precision, device)
-    ceilings = measure_ceilings(device, lock)
+    todo = cases(models, shapes, precisions)
+    for case in todo:
+        parse_model(case.model, case.shape.vocab_size)
+    ceilings = measure_ceilings(device)
     result = describe(device) | {"ceilings": ceilings, "records": []}
-    for text in models:
-        for shape in shapes:
-            model = parse_model(text, shape.vocab_size)
-            baseline = measure_baseline(run_config(model, shape, "fp32"), shape, device, repeats, lock)
-            for precision in precisions:
-                record = {"model": text, "precision": precision, **shape._asdict()}
-                record |= measure(run_config(model, shape, precision), shape, device, repeats, mode, lock)
-                record["baseline_step_ms"] = baseline
-                record["floor"] = floor(count_work(model, shape, precision), ceilings, precision)
-                record["examples_per_second"] = 1e3 * shape.batch_size / record["step_ms"]["median"]
-                result["records"].append(record)
-                report(line(record))
+    baseline = None
+    for start in range(0, len(todo), jobs):
+        wave = todo[start : start + jobs]
+        if jobs > 1:
+            measured = measure_together(wave, device, repeats, mode)
+        else:
+            measured = [measure_case(case, device, repeats, mode) for case in wave]
+        for record in measured:
+            baseline = record["baseline_step_ms"] = record["baseline_step_ms"] or baseline
+            record["floor"] = floor(record.pop("work"), ceilings, record["precision"])
+            record["examples_per_second"] = 1e3 * record["batch_size"] / record["step_ms"]["median"]
+            result["records"].append(record)
+            report(line(record))
     return result
 
 
@@ -451,7 +517,7 @@ def command(
     steps: Annotated[int, typer.Option(min=1, help="steps per timed repeat")] = 32,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     mode: Annotated[str, typer.Option(help=f"auto, eager, {', '.join(MODES)}")] = "auto",
-    lock: Annotated[Path | None, typer.Option(help="file that several benchmarks of one machine share")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="processes that build side by side; they measure in turn")] = 1,
     out: Annotated[Path | None, typer.Option(help="raw records, JSON")] = None,
     plot: Annotated[Path | None, typer.Option(help="figure of the records")] = None,
     draw_from: Annotated[
@@ -472,7 +538,7 @@ def command(
             if mode not in ("auto", "eager", *MODES):
                 raise ValueError(f"--mode {mode!r}: must be one of auto, eager, {', '.join(MODES)}")
             asked = parse_shapes(shapes, batch_size, vocab_size, steps)
-            result = benchmark(models.split(","), asked, chosen, where, repeats=repeats, mode=mode, lock=lock)
+            result = benchmark(models.split(","), asked, chosen, where, repeats=repeats, mode=mode, jobs=jobs)
     except ValueError as error:
         raise SystemExit(f"zoology.benchmark: {error}") from None
     if out is not None:

@@ -18,8 +18,6 @@ def result(tmp_path_factory):
         *options.split(),
         "--repeats",
         "2",
-        "--lock",
-        str(folder / "lock"),
         "--mode",
         "static",
         "--device",
@@ -45,6 +43,25 @@ def test_a_record_for_every_model_shape_and_precision(result):
         assert record["first_epoch_loss"] == pytest.approx(4.16, abs=0.1)  # log 64
     assert result[0]["versions"]["torch"] == torch.__version__
     assert set(result[0]["ceilings"]) == {"copy", "fp32", "bf16"}
+
+
+def test_loops_built_side_by_side_are_measured_in_turn():
+    shape = benchmark.Shape(16, 2, 8, 64, 3)
+    result = benchmark.benchmark(
+        ["base_conv@8"], [shape], ["fp32", "bf16"], torch.device("cpu"), repeats=2, mode="eager", jobs=2, report=str
+    )
+    one, two = result["records"]
+    assert (one["precision"], two["precision"]) == ("fp32", "bf16")
+    assert one["baseline_step_ms"] == two["baseline_step_ms"]
+    assert one["first_epoch_loss"] == pytest.approx(two["first_epoch_loss"], abs=1e-3)
+
+
+def test_what_cannot_be_built_keeps_nobody_waiting():
+    shape, called = benchmark.Shape(16, 2, 8, 64, 3), []
+    (case,) = benchmark.cases(["none@8"], [shape], ["fp32"])
+    with pytest.raises(ValueError, match="'none'"):
+        benchmark.measure_case(case, torch.device("cpu"), 1, "eager", lambda: called.append(True))
+    assert called == [True]
 
 
 def test_the_plot_is_drawn_from_the_records_alone(result):
