@@ -145,6 +145,125 @@ def recall(frame: pd.DataFrame, document: dict[str, Any]) -> pd.DataFrame:
     return table.merge(timed, on="point_id", how="inner")
 
 
+# -- tables as Markdown -------------------------------------------------------------------------------------
+
+
+def generation_page(document: dict[str, Any], fast: str = "based-1.3b", slow: str = "attention-1.3b") -> str:
+    """The headline point of every model beside the published one, the ratio of two, and from where on it is CLAIM."""
+    table = points(document, "generation")
+    at = table[(table[list(HEADLINE)] == pd.Series(HEADLINE)).all(axis=1) & table["fits"]]
+    rows = [
+        (
+            f"`{row.model}`", f"{row.tokens_per_ms:.1f}", f"{row.share_of_bound:.0%}",
+            f"{row.first_ms_per_token:.2f} / {row.last_ms_per_token:.2f}", _gigabytes(row.state_bytes),
+            _gigabytes(row.peak_memory_bytes), "-" if np.isnan(row.published) else f"{row.published:.2f}",
+        )
+        for row in at.itertuples()
+    ]  # fmt: skip
+    titles = ("model", "tokens/ms", "of its bound", "ms a step, first / last 128", "state, GB", "peak, GB", "published")
+    crossed = crossings(document, fast, slow)
+    headline = crossed[(crossed["batch"] == HEADLINE["batch"]) & (crossed["prompt"] == HEADLINE["length"])].iloc[0]
+    speeds = at.set_index("model")
+    told = (
+        f"{fast} / {slow}: **{headline['measured']:.1f}x** measured, {headline['by_bound']:.1f}x by the bounds, "
+        f"{speeds['published'][fast] / speeds['published'][slow]:.1f}x published."
+    )
+    return "\n\n".join([_markdown(titles, rows), told, _crossings_page(crossed)])
+
+
+def _crossings_page(table: pd.DataFrame) -> str:
+    fits = {True: "fits", False: "does not fit", None: "-"}
+    rows = [
+        (
+            f"{row.batch:,}", f"{row.prompt:,}", f"{row.measured:.1f}x", f"{row.by_bound:.1f}x",
+            f"{row.from_position:,.0f}", f"{row.from_position_by_bound:,.0f}", f"{_gigabytes(row.state_bytes)} GB, {fits[row.fits]}",
+        )
+        for row in table.itertuples()
+    ]  # fmt: skip
+    titles = ("batch", "prompt", "measured", "by bounds", f"{CLAIM:.0f}x from position", "by bounds", "the cache there")
+    return _markdown(titles, rows)
+
+
+def prefill_page(document: dict[str, Any], batch: int = 1) -> str:
+    """Prefill in tokens/ms with the share of the bound, lengths by models, and what was published."""
+    table = points(document, "prefill")
+    table = table[(table["batch"] == batch) & table["fits"]]
+    models = list(dict.fromkeys(table["model"]))
+    speeds = table.pivot_table(index="length", columns="model", values=["tokens_per_ms", "share_of_bound", "published"])
+    rows = []
+    for length in speeds.index:
+        told = speeds.loc[length].unstack(0).reindex(models)
+        rows.append(
+            (f"{length:,}", *(f"{row.tokens_per_ms:.0f} ({row.share_of_bound:.0%})" for row in told.itertuples()))
+        )
+        if told.get("published", pd.Series(dtype=float)).notna().any():
+            cells = ("-" if np.isnan(value) else f"{value:.1f}" for value in told["published"])
+            rows.append((f"{length:,}, published", *cells))
+    return _markdown(("tokens", *(f"`{model}`" for model in models)), rows)
+
+
+def reading_twice(document: dict[str, Any], length: int = 32_768) -> pd.DataFrame:
+    """JRT-RNN and its peers on a text of `length` tokens: one layer, and the prefill of whole models.
+
+    `layer_ms` is of batch 16, `published_ms` the published one; `text_tokens_per_ms` counts the text once, also where a
+    model reads it twice, at the largest batch size that fits. The columns `..._faster` are ratios to FlashAttention-2.
+    """
+    layers = points(document, "kernel")
+    layers = layers[layers["length"] == length].set_index("model")
+    models = points(document, "prefill")
+    rows = []
+    for system, (model, passes) in SYSTEMS.items():
+        whole = models[(models["model"] == model) & (models["length"] == passes * length) & models["fits"]]
+        largest = whole.sort_values("batch").iloc[-1] if len(whole) else {"tokens_per_ms": np.nan, "batch": 0}
+        rows.append(
+            {
+                "system": system,
+                "layer_ms": layers["ms"].get(system, np.nan),
+                "published_ms": layers["published"].get(system, np.nan),
+                "text_tokens_per_ms": largest["tokens_per_ms"] / passes,
+                "batch": int(largest["batch"]),
+            }
+        )
+    table = pd.DataFrame(rows).set_index("system")
+    first = table.loc["FlashAttention-2"]
+    table["layer_faster"] = first["layer_ms"] / table["layer_ms"]
+    table["published_faster"] = first["published_ms"] / table["published_ms"]
+    table["model_faster"] = table["text_tokens_per_ms"] / first["text_tokens_per_ms"]
+    return table.reset_index()
+
+
+SYSTEMS = {
+    "FlashAttention-2": ("attention-1.3b", 1),
+    "Based": ("based-1.3b", 1),
+    "JRT-Prompt": ("based-1.3b", 2),
+    "JRT-RNN": ("jrt-1.3b", 1),
+}
+"""Rows of the kernel table of "Just read twice": the model that has such a layer, and how often it reads the text."""
+
+
+def reading_twice_page(document: dict[str, Any]) -> str:
+    """`reading_twice` as Markdown."""
+    rows = [
+        (
+            row.system, f"{row.layer_ms:.2f}", f"{row.layer_faster:.1f}x", f"{row.published_ms:.1f}",
+            f"{row.published_faster:.1f}x", f"{row.text_tokens_per_ms:.1f} (batch {row.batch})",
+            f"{row.model_faster:.1f}x",
+        )
+        for row in reading_twice(document).itertuples()
+    ]  # fmt: skip
+    titles = ("system", "layer, ms", "faster", "published, ms", "faster", "whole model, tokens of text/ms", "faster")
+    return _markdown(titles, rows)
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f}"
+
+
+def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
 # -- figures ------------------------------------------------------------------------------------------------
 
 
@@ -389,8 +508,9 @@ def _tidy(axis, y: bool = False) -> None:
 def _legend(axis, looks: dict[str, plot.Style], table: pd.DataFrame) -> None:
     from matplotlib.lines import Line2D
 
+    drawn = {name: look for name, look in looks.items() if name in set(table["model"])}
     handles = [
-        Line2D([], [], color=look.color, marker=look.marker, ms=5, lw=1.3, label=name) for name, look in looks.items()
+        Line2D([], [], color=look.color, marker=look.marker, ms=5, lw=1.3, label=name) for name, look in drawn.items()
     ]
     handles.append(Line2D([], [], color="0.4", ls=DASHED, lw=0.9, label="bound of bytes\nand operations"))
     if table["published"].notna().any():

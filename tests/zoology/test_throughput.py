@@ -215,10 +215,10 @@ def lost(model, batch):
     return kept | {"out_of_memory": {"bytes_needed": 10**12, "bytes_available": 10**11, "message": "too much"}}
 
 
-def prefilled(model, length, tokens_per_ms):
-    ms = length / tokens_per_ms
+def prefilled(model, length, tokens_per_ms, batch=1):
+    ms = batch * length / tokens_per_ms
     return {
-        "kind": "prefill", "model": model, "batch": 1, "length": length, "new_tokens": 0, "dtype": "bf16",
+        "kind": "prefill", "model": model, "batch": batch, "length": length, "new_tokens": 0, "dtype": "bf16",
         "ms": {"median": ms, "low": ms, "high": ms, "repeats": 3}, "tokens_per_ms": tokens_per_ms,
         "bound_ms": 0.4 * ms, "share_of_bound": 0.4, "state_bytes": 1, "peak_memory_bytes": 1,
     }  # fmt: skip
@@ -231,8 +231,21 @@ def document():
     records += [prefilled(NAMES[0], n, 200.0 - n / 1000) for n in (2048, 4096)]
     records += [prefilled(NAMES[1], n, 220.0) for n in (2048, 4096)]
     kernel = {"kind": "kernel", "dtype": "bfloat16", "ms_20": 1.0, "ms_80": 1.0, "share_of_limit": 0.5}
-    for name, length, ms in (("JRT-RNN", 32768, 2.0), ("JRT-Prompt", 65536, 5.0), ("FlashAttention-2", 32768, 90.0)):
+    layers = (
+        ("Based", 32768, 2.5),
+        ("JRT-RNN", 32768, 2.0),
+        ("JRT-Prompt", 65536, 5.0),
+        ("FlashAttention-2", 32768, 90.0),
+    )
+    for name, length, ms in layers:
         records.append({**kernel, "model": name, "length": 32768, "shape": {"B": 16, "T": length}, "ms": ms})
+    long = (
+        (NAMES[0], 32768, 50.0, 4),
+        (NAMES[1], 32768, 200.0, 16),
+        (NAMES[1], 65536, 210.0, 16),
+        ("jrt-1.3b", 32768, 180.0, 16),
+    )
+    records += [prefilled(*point) for point in long] + [prefilled(NAMES[0], 32768, 60.0, 2)]
     device = {"type": "cuda", "name": "made up", "memory_bytes": 1.5e11}
     return {"device": device, "versions": {"torch": "2"}, "git": None, "ceilings": {}, "records": records}
 
@@ -268,9 +281,9 @@ def test_published_speeds_stand_beside_the_points_they_are_of(document):
     assert table.isna().sum() == len(table) - 2
     prefill = plots_throughput.points(document, "prefill").set_index(["model", "length"])["published"]
     assert (prefill[NAMES[0], 4096], prefill[NAMES[1], 4096]) == (103.5, 161.7)
-    assert prefill.isna().sum() == 2
+    assert prefill.notna().sum() == 2
     kernels = plots_throughput.points(document, "kernel").set_index("model")["published"]
-    assert kernels.to_dict() == {"JRT-RNN": 5.6, "JRT-Prompt": 9.0, "FlashAttention-2": 107.8}
+    assert kernels.to_dict() == {"Based": 4.5, "JRT-RNN": 5.6, "JRT-Prompt": 9.0, "FlashAttention-2": 107.8}
 
 
 def curve(axis, marker):
@@ -310,3 +323,50 @@ def test_the_prefill_figure_is_a_line_for_each_model(document):
     speed, share = plots_throughput.prefill(document).axes
     assert curve(speed, "o") == pytest.approx({2048: 200 - 2.048, 4096: 200 - 4.096})
     assert curve(share, "s") == pytest.approx({2048: 40, 4096: 40})
+
+
+# -- tables -------------------------------------------------------------------------------------------------
+
+
+def cells(text, start):
+    """The cells of the Markdown rows that begin with a text."""
+    rows = [line for line in text.splitlines() if line.startswith(f"| {start} |")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_page_of_generation_has_every_number(document):
+    text = plots_throughput.generation_page(document)
+    mean = 1 + 128 * 576 / 1e4
+    first, last = 1 + 128 * 128 / 1e4, 1 + 128 * 1024 / 1e4
+    assert cells(text, f"`{NAMES[0]}`") == [
+        [f"`{NAMES[0]}`", f"{128 / mean:.1f}", "50%", f"{first:.2f} / {last:.2f}", "0.0", "0.0", "0.99"]
+    ]
+    assert (
+        f"based-1.3b / attention-1.3b: **{mean / 2:.1f}x** measured, {mean / 2:.1f}x by the bounds, 24.5x published."
+        in text
+    )
+    assert cells(text, "128") == [
+        ["128", "64", f"{mean / 2:.1f}x", f"{mean / 2:.1f}x", "3,672", "3,672", "112.8 GB, fits"]
+    ]
+    assert cells(text, "1,024") == []
+
+
+def test_the_page_of_prefill_has_lengths_by_models(document):
+    text = plots_throughput.prefill_page(document)
+    assert cells(text, "4,096") == [["4,096", "196 (40%)", "220 (40%)"]]
+    assert cells(text, "4,096, published") == [["4,096, published", "103.5", "161.7"]]
+    assert cells(text, "2,048, published") == []
+
+
+def test_a_text_that_is_read_twice_counts_once(document):
+    """Attention at the largest batch that fits, Based on twice the tokens, JRT-RNN."""
+    table = plots_throughput.reading_twice(document).set_index("system")
+    assert table["batch"].to_dict() == {"FlashAttention-2": 4, "Based": 16, "JRT-Prompt": 16, "JRT-RNN": 16}
+    assert table["text_tokens_per_ms"].to_dict() == pytest.approx(
+        {"FlashAttention-2": 50.0, "Based": 200.0, "JRT-Prompt": 105.0, "JRT-RNN": 180.0}
+    )
+    assert table["model_faster"]["JRT-RNN"] == pytest.approx(3.6)
+    assert table["layer_faster"]["JRT-RNN"] == pytest.approx(45.0)
+    assert table["published_faster"]["JRT-RNN"] == pytest.approx(107.8 / 5.6)
+    text = plots_throughput.reading_twice_page(document)
+    assert cells(text, "JRT-RNN") == [["JRT-RNN", "2.00", "45.0x", "5.6", "19.2x", "180.0 (batch 16)", "3.6x"]]
