@@ -157,6 +157,10 @@ def is_position(tensor: Tensor) -> bool:
     return tensor.ndim == 0 and not tensor.is_floating_point()
 
 
+def _counters(state: State) -> list[int]:
+    return [int(tensor) for _, tensor in state_tensors(state) if is_position(tensor)]
+
+
 def finish(model: LanguageModel, x: Tensor, delta: Tensor) -> Tensor:
     """x + delta, the output of the last block [B, D] -> logits [B, V]."""
     return model.head(model.norm(x + delta))
@@ -186,7 +190,8 @@ class Decoder:
 
     Raises DoesNotFit, before anything is allocated, if the states cannot fit, and ValueError for other bad numbers.
 
-    `state` is the `Stack` of states, `position` the number of tokens in it; `made` [max_seq_len, B] what was generated.
+    `state` is the `Stack` of states, `position` [] the number of tokens in it; `logits` [B, V] are those that the last
+    step of `decode` picked from.
     """
 
     def __init__(
@@ -214,7 +219,7 @@ class Decoder:
         check_memory(model.config, batch_size, max_seq_len, 1, self.device, dtype=dtype, weights=False)
         self.chunk_size = chunk_size or max(1, min(max_seq_len, PREFILL_TOKENS // batch_size))
         self._zero = torch.zeros(batch_size, model.config.d_model, device=self.device, dtype=dtype)
-        self._template = model.init_state(1, 1, device=self.device)
+        self._template = model.init_state(1, min(2, max_seq_len), device=self.device)
         stack = model.init_state(batch_size, max_seq_len, device=self.device)
         self.position = stack.position
         self._counts_itself = self._probe()
@@ -226,7 +231,8 @@ class Decoder:
         self.count = torch.zeros(1, **integers)
         self.temperature = torch.ones((), device=self.device)
         self.generator = torch.Generator(self.device)
-        self._graphs: dict[bool, Any] = {}
+        self.logits: Tensor | None = None
+        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = None
         self._advance, self._finish = self._compile() if self.compiled else ({}, finish)
         if self.graphs:
@@ -298,9 +304,13 @@ class Decoder:
             self.temperature.fill_(temperature)
         self.token.copy_(tokens)
         self.count.zero_()
-        replay = self._recorded(sampled).replay if self.graphs else functools.partial(self._step, sampled)
-        for _ in range(steps):
-            replay()
+        if self.graphs:
+            graph, self.logits = self._recorded(sampled)
+            for _ in range(steps):
+                graph.replay()
+        else:
+            for _ in range(steps):
+                self.logits = self._step(sampled)
         self.seen += steps
         return self.made[:steps].T.clone()
 
@@ -330,8 +340,8 @@ class Decoder:
         self.seen += tokens.shape[1]
         return x[:, -1]
 
-    def _step(self, sampled: bool) -> None:
-        """Read `token`, write the next one there and into `made`: nothing but operations on the device."""
+    def _step(self, sampled: bool) -> Tensor:
+        """Read `token`, write the next one there and into `made` -> logits: nothing but operations on the device."""
         x, delta = self.model.embed(self.token[:, None], self.position)[:, 0], self._zero
         for index, (block, state) in enumerate(zip(self.model.blocks, self.state.layers)):
             run = self._advance.get(index, advance)
@@ -341,24 +351,22 @@ class Decoder:
         self.made.index_copy_(0, self.count, self.token[None])
         self.count.add_(1)
         self.position.add_(1)
+        return logits
 
     @torch.no_grad()
     def _probe(self) -> set[int]:
-        """The layers whose 0-d integers are not simply the number of tokens seen, after a step of each by itself.
+        """The layers whose 0-d integers are not simply the number of tokens seen, found by two steps of each by itself.
 
-        The step also lets every mixer choose, and check, its backend before anything is compiled or recorded.
+        The steps also let every mixer choose, and check, its backend before anything is compiled or recorded.
         """
-        x = self._zero[:1]
-        own = set()
+        x, own = self._zero[:1], set()
         for index, (block, state) in enumerate(zip(self.model.blocks, self._template.layers)):
-            before = clone_state(state)
-            _, after = block.mixer.step(x, before)
-            counters = [
-                (int(old), int(same), int(new))
-                for (_, old), (_, same), (_, new) in zip(*map(state_tensors, (state, before, after)))
-                if is_position(old)
-            ]
-            if any(counter != (0, 0, 1) for counter in counters):
+            first = clone_state(state)
+            _, second = block.mixer.step(x, first)
+            seen = [_counters(part) for part in (state, first, second)]
+            if self.max_seq_len > 1:
+                seen.append(_counters(block.mixer.step(x, second)[1]))
+            if any(counts != (0, 0, 1, 2)[: len(counts)] for counts in zip(*seen)):
                 own.add(index)
         return own
 
@@ -401,15 +409,16 @@ class Decoder:
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
     @torch.no_grad()
-    def _recorded(self, sampled: bool) -> Any:
+    def _recorded(self, sampled: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The graph of a step, and where it leaves its logits."""
         if sampled not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             if sampled:
                 graph.register_generator_state(self.generator)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self._pool):
-                self._step(sampled)
-            self._graphs[sampled] = graph
+                logits = self._step(sampled)
+            self._graphs[sampled] = graph, logits
         return self._graphs[sampled]
 
 

@@ -1,0 +1,284 @@
+"""Generation in static states: the parallel form's logits whatever the chunks, the same tokens, and clear refusals."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import zoology.graphs
+from architectures import SequenceMixer, register, registry
+from architectures.mixer import state_tensors
+from zoology import generation
+from zoology.config import ModelConfig, layer
+from zoology.generation import Decoder, DoesNotFit
+from zoology.model import LanguageModel
+
+EXPANDED = layer("base_conv", expand=4)
+BASED = layer("based", num_heads=2, feature_dim=4)
+WINDOW = layer("sliding_window", window=5, num_heads=2, rotary_fraction=0.5)
+ATTENTION = layer("attention", num_heads=2, rotary_fraction=0.5)
+PREFIX = layer("prefix_linear_attention", num_heads=2, feature_dim=4)
+
+
+def build(*layers, seed=0, **options):
+    torch.manual_seed(seed)
+    config = ModelConfig(vocab_size=32, d_model=16, layers=layers, n_layers=len(layers), init_std=0.3, **options)
+    return LanguageModel(config).double().eval().requires_grad_(False)
+
+
+def draw(batch, length, seed=0):
+    return torch.randint(0, 32, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def decoded_logits(decoder, tokens, prompt, prefix_length=0):
+    """Logits after tokens prompt - 1 .. of a text that is given, [B, T - prompt + 1, V]."""
+    found = [decoder.prefill(tokens[:, :prompt], prefix_length)]
+    for t in range(prompt, tokens.shape[1]):
+        decoder.decode(tokens[:, t], 1)
+        found.append(decoder.logits)
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 7, None])
+@pytest.mark.parametrize(
+    "layers",
+    [(EXPANDED, BASED, WINDOW), (ATTENTION, layer("mamba")), (layer("base_conv"), layer("hyena"), layer("rwkv4"))],
+    ids=["based", "attention-mamba", "others"],
+)
+def test_decoding_is_the_parallel_form_whatever_the_chunks(layers, chunk_size):
+    model, tokens = build(*layers, norm="rmsnorm", channel_mixer="swiglu"), draw(3, 24)
+    decoder = Decoder(model, 3, 24, chunk_size=chunk_size)
+    actual, expected = decoded_logits(decoder, tokens, 17), model(tokens)[:, 16:]
+    assert torch.allclose(actual, expected, rtol=1e-8, atol=1e-11)
+    assert int(decoder.position) == decoder.seen == 24
+
+
+@pytest.mark.parametrize("chunk_size", [2, 9, None])
+def test_a_prefix_is_read_whole_with_the_first_chunk(chunk_size):
+    model, tokens = build(EXPANDED, PREFIX), draw(2, 20)
+    expected = model(tokens, prefix_length=6)[:, 12:]
+    actual = decoded_logits(Decoder(model, 2, 20, chunk_size=chunk_size), tokens, 13, 6)
+    assert torch.allclose(actual, expected, rtol=1e-8, atol=1e-11)
+    assert not torch.allclose(actual, model(tokens)[:, 12:], rtol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_learned_positions_and_other_shells(norm):
+    model, tokens = build(BASED, norm=norm, channel_mixer="none", max_positions=16), draw(2, 16)
+    actual = decoded_logits(Decoder(model, 2, 16, chunk_size=3), tokens, 7)
+    assert torch.allclose(actual, model(tokens)[:, 6:], rtol=1e-8, atol=1e-11)
+
+
+def argmax_loop(model, tokens, new):
+    for _ in range(new):
+        tokens = torch.cat([tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)], 1)
+    return tokens
+
+
+def test_greedy_is_the_argmax_loop_over_several_turns():
+    model, first, second = build(EXPANDED, BASED, WINDOW, ATTENTION), draw(3, 9), draw(3, 6, seed=1)
+    decoder = Decoder(model, 3, 40, chunk_size=4)
+    text = argmax_loop(model, first, 5)
+    start = decoder.pick(decoder.prefill(first))
+    assert torch.equal(torch.cat([first, start[:, None], decoder.decode(start, 4)], 1), text)
+    # The last token was picked but not read yet.
+    text = torch.cat([text, second], 1)
+    start = decoder.pick(decoder.prefill(text[:, 13:]))
+    assert torch.equal(torch.cat([text, start[:, None], decoder.decode(start, 7)], 1), argmax_loop(model, text, 8))
+
+
+def test_states_stay_where_they_are_and_are_all_there_is():
+    model = build(EXPANDED, BASED, WINDOW, ATTENTION, layer("mamba"))
+    decoder = Decoder(model, 3, 24)
+    at = [tensor.data_ptr() for _, tensor in state_tensors(decoder.state)]
+    decoder.decode(decoder.pick(decoder.prefill(draw(3, 10))), 12)
+    assert [tensor.data_ptr() for _, tensor in state_tensors(decoder.state)] == at
+    assert decoder.state_bytes() == 3 * model.state_bytes(24)
+
+
+@pytest.mark.parametrize("layers", [(EXPANDED, BASED, ATTENTION), (layer("rwkv4"), layer("hyena"))])
+def test_reset_forgets_everything(layers):
+    model, tokens = build(*layers), draw(2, 11)
+    decoder = Decoder(model, 2, 20)
+    decoder.decode(draw(2, 1, seed=9)[:, 0], 20)
+    decoder.reset()
+    assert torch.equal(decoded_logits(decoder, tokens, 6), decoded_logits(Decoder(model, 2, 20), tokens, 6))
+
+
+def test_draws_follow_the_seed():
+    model, tokens = build(EXPANDED, ATTENTION), draw(64, 5)
+
+    def texts(*seeds, temperature=1.0):
+        decoder = Decoder(model, 64, 12)
+        for seed in seeds:
+            decoder.reset()
+            decoder.prefill(tokens)
+            yield decoder.decode(tokens[:, -1], 7, temperature=temperature, seed=seed)
+
+    one, same, other, onwards = texts(5, 5, 6, None)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert not torch.equal(other, onwards)
+    assert torch.equal(*texts(1, temperature=1e-9), *texts(2, temperature=0.0))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_draws_have_the_probabilities_of_the_softmax(temperature):
+    count, logits = 40_000, torch.tensor([0.0, 1.0, -1.0, 2.0, -30.0])
+    generator = torch.Generator().manual_seed(0)
+    drawn = generation.pick(logits.expand(count, -1), torch.tensor(temperature), generator)
+    expected = torch.softmax(logits / temperature, -1)
+    found = torch.bincount(drawn, minlength=5) / count
+    assert ((found - expected).abs() <= 4.5 * (expected * (1 - expected) / count).sqrt()).all()
+
+
+# -- a user's own mixers ---------------------------------------------------------------------------------------
+
+
+class Summed(NamedTuple):
+    total: torch.Tensor  # [B, D]
+    position: torch.Tensor  # [], tokens seen
+
+
+class Mean(SequenceMixer):
+    """The mean of the inputs so far: `step` alone, new tensors every time."""
+
+    def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None):
+        like = self.like_parameters(device, dtype)
+        return Summed(torch.zeros(batch_size, self.d_model, **like), torch.zeros((), dtype=torch.int64, device=device))
+
+    def like_parameters(self, device=None, dtype=None):
+        return {"device": device, "dtype": dtype or torch.float64}
+
+    def step(self, x, state):
+        state = Summed(state.total + x, state.position + 1)
+        return state.total / state.position, state
+
+
+class EveryOther(Mean):
+    """Reads every other token only: its 0-d integer is no number of tokens."""
+
+    def step(self, x, state):
+        total = torch.where(state.position == 0, state.total + x, state.total)
+        return total, Summed(total, (state.position + 1) % 2)
+
+
+class CountsInPlace(Mean):
+    """Writes into its own counter."""
+
+    def step(self, x, state):
+        state.total.add_(x)
+        state.position.add_(1)
+        return state.total / state.position, state
+
+
+@pytest.fixture
+def own_mixers():
+    for name, cls in (("own_mean", Mean), ("own_every_other", EveryOther), ("own_counter", CountsInPlace)):
+        register(name, paper="none")(cls)
+    yield
+    for name in ("own_mean", "own_every_other", "own_counter"):
+        registry._entries.pop(name)
+
+
+@pytest.mark.parametrize("names", [("own_mean", "own_mean"), ("own_every_other", "own_mean"), ("own_counter",) * 2])
+def test_a_users_mixer_gets_it_for_free(own_mixers, names):
+    model, tokens = build(*(layer(name) for name in names)), draw(3, 15)
+    decoder = Decoder(model, 3, 15, chunk_size=4)
+    assert torch.allclose(decoded_logits(decoder, tokens, 7), model(tokens)[:, 6:], rtol=1e-9, atol=1e-12)
+    assert torch.equal(model.generate(tokens[:, :7], 5), argmax_loop(model, tokens[:, :7], 5))
+
+
+# -- compiled --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_one_graph_for_all_layers_of_a_kind(monkeypatch):
+    """Traced whole, as the compiler needs it, and not again for the second layer of a kind."""
+    traced = []
+
+    def count(graph, inputs):
+        traced.append(graph)
+        return graph
+
+    original = zoology.graphs.compile_apart
+    monkeypatch.setattr(zoology.graphs, "compile_apart", lambda function: original(function, backend=count))
+    model, tokens = build(EXPANDED, BASED, WINDOW, ATTENTION, EXPANDED, BASED, norm="rmsnorm"), draw(2, 14)
+    decoder = Decoder(model, 2, 14, compiled=True)
+    actual = decoded_logits(decoder, tokens, 9)
+    assert torch.allclose(actual, model(tokens)[:, 8:], rtol=1e-9, atol=1e-12)
+    assert len(traced) == 4 + 1
+
+
+# -- refusals --------------------------------------------------------------------------------------------------
+
+
+def test_needs_are_counted():
+    model = build(EXPANDED, BASED, ATTENTION)
+    needs = generation.memory_needed(model.config, 6, 100, 10, torch.float64)
+    assert needs.states == 6 * model.state_bytes(100)
+    assert needs.weights == 8 * model.num_parameters()
+    assert needs.total == needs.weights + needs.states + needs.activations + needs.logits
+    assert generation.memory_needed(model.config, 6, 100, 10, torch.float64, weights=False).weights == 0
+
+
+def test_what_cannot_fit_is_refused_before_it_is_allocated(monkeypatch):
+    model = build(ATTENTION)
+    states = 4 * model.state_bytes(1 << 40)
+    monkeypatch.setattr(generation, "available_memory", lambda device: 12_345)
+    with pytest.raises(DoesNotFit, match="12,345 bytes are available on cpu") as refused:
+        Decoder(model, 4, 1 << 40)
+    assert refused.value.needed > states
+    assert refused.value.available == 12_345
+    with pytest.raises(ValueError, match=f"batch_size=4, max_seq_len=64 needs {refused_total(model):,} bytes"):
+        generation.check_memory(model.config, 4, 64, 8, "cpu", dtype=torch.float64)
+
+
+def refused_total(model):
+    return generation.memory_needed(model.config, 4, 64, 8, torch.float64).total
+
+
+def test_a_chunk_that_cannot_fit_is_refused(monkeypatch):
+    model = build(ATTENTION)
+    decoder = Decoder(model, 4, 64, chunk_size=32)
+    monkeypatch.setattr(generation, "available_memory", lambda device: 1000)
+    with pytest.raises(DoesNotFit, match=r"prefill of 4 x 32 tokens at once needs about .* lower chunk_size"):
+        decoder.prefill(draw(4, 40))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0: must be a whole number >= 1"),
+        ({"max_seq_len": 0}, "max_seq_len=0: must be a whole number >= 1"),
+        ({"chunk_size": 0}, "chunk_size=0: must be a whole number >= 1, or None"),
+        ({"graphs": True}, "graphs=True: needs a CUDA device, the model is on cpu"),
+        ({"graphs": "yes"}, "graphs='yes': must be True, False or 'auto'"),
+    ],
+)
+def test_bad_decoders(options, message):
+    with pytest.raises(ValueError, match=message):
+        Decoder(build(BASED), **({"batch_size": 2, "max_seq_len": 8} | options))
+
+
+def test_bad_calls():
+    decoder = Decoder(build(BASED), 2, 8)
+    with pytest.raises(ValueError, match=r"tokens have shape \[3, 4\]: must be \[2, at least 1\]"):
+        decoder.prefill(draw(3, 4))
+    with pytest.raises(ValueError, match=r"tokens have shape \[2, 1\]: must be \[2\]"):
+        decoder.decode(draw(2, 1), 3)
+    with pytest.raises(ValueError, match="steps=0: must be a whole number >= 1"):
+        decoder.decode(draw(2, 1)[:, 0], 0)
+    with pytest.raises(ValueError, match=r"temperature=-1\.0: must be a finite number >= 0"):
+        decoder.decode(draw(2, 1)[:, 0], 1, temperature=-1.0)
+    decoder.prefill(draw(2, 6))
+    with pytest.raises(ValueError, match="holds max_seq_len=8 tokens, 6 are in it, 3 more came"):
+        decoder.decode(draw(2, 1)[:, 0], 3)
+
+
+def test_bad_generation():
+    model = build(BASED)
+    for count in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=f"max_new_tokens={count!r}: must be a whole number >= 1"):
+            model.generate(draw(2, 4), count)
+    with pytest.raises(ValueError, match=r"tokens have shape \[2, 0\]"):
+        model.generate(draw(2, 4)[:, :0], 3)
