@@ -70,6 +70,20 @@ def _published(record: dict[str, Any]) -> float:
     return np.nan
 
 
+_TIMES = ["tokens_per_ms", "share_of_bound", "ms", "ms_20", "ms_80", "repeats"]
+
+
+def generation_table(document: dict[str, Any]) -> pd.DataFrame:
+    """What was measured of generation: one row per model, batch size and length of the prompt."""
+    named = ["model", "batch", "length", "new_tokens", "fits"]
+    return points(document, "generation")[[*named, *_TIMES, "first_ms_per_token", "last_ms_per_token", "published"]]
+
+
+def prefill_table(document: dict[str, Any]) -> pd.DataFrame:
+    """What was measured of prefill: one row per model, batch size and length."""
+    return points(document, "prefill")[["model", "batch", "length", "fits", *_TIMES, "published"]]
+
+
 def segments(document: dict[str, Any]) -> pd.DataFrame:
     """One row per generation point and segment: measured and bound milliseconds per token in the middle of it."""
     rows = [
@@ -176,7 +190,8 @@ def _crossings_page(table: pd.DataFrame) -> str:
     rows = [
         (
             f"{row.batch:,}", f"{row.prompt:,}", f"{row.measured:.1f}x", f"{row.by_bound:.1f}x",
-            f"{row.from_position:,.0f}", f"{row.from_position_by_bound:,.0f}", f"{_gigabytes(row.state_bytes)} GB, {fits[row.fits]}",
+            f"{row.from_position:,.0f}", f"{row.from_position_by_bound:,.0f}",
+            f"{_gigabytes(row.state_bytes)} GB, {fits[row.fits]}",
         )
         for row in table.itertuples()
     ]  # fmt: skip

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 
 from zoology import plots_throughput, presets, results, throughput
 from zoology.model import LanguageModel
@@ -370,3 +372,21 @@ def test_a_text_that_is_read_twice_counts_once(document):
     assert table["published_faster"]["JRT-RNN"] == pytest.approx(107.8 / 5.6)
     text = plots_throughput.reading_twice_page(document)
     assert cells(text, "JRT-RNN") == [["JRT-RNN", "2.00", "45.0x", "5.6", "19.2x", "180.0 (batch 16)", "3.6x"]]
+
+
+def test_the_notebook_runs(document, recalled, results_directory, tmp_path, monkeypatch):
+    _, timed = recalled
+    (tmp_path / "models.json").write_text(json.dumps(document))
+    (tmp_path / "recall.json").write_text(json.dumps(timed))
+    monkeypatch.setenv("ZOOLOGY_THROUGHPUT", str(tmp_path))
+    monkeypatch.setenv("ZOOLOGY_RESULTS", str(results_directory))
+    path = EXPERIMENTS.parent / "notebooks" / "throughput.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    drawn = [output["data"]["image/png"] for (output,) in outputs[1:] if "image/png" in output["data"]]
+    assert len(drawn) == 4
+    assert min(map(len, drawn)) > 20_000
+    tables = [output["data"]["text/plain"] for (output,) in outputs[1:] if "image/png" not in output["data"]]
+    words = ("24.28", "3671.8", "161.7", "JRT-RNN", "attention")
+    assert [word in table for word, table in zip(words, tables)] == [True] * 5
