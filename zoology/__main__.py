@@ -10,7 +10,8 @@ COMMANDS = {
     "plot": "redraw the figure of a results directory",
     "compare": "put results beside the published ones",
     "doctor": "what this machine can run",
-    "benchmark": "speed and memory of the architectures",
+    "benchmark": "speed and memory of training",
+    "throughput": "speed of prefill and generation",
 }
 
 

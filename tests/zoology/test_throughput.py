@@ -112,6 +112,19 @@ def test_the_longest_operators_are_listed():
     assert 0.5 < sum(kernel["share"] for kernel in found) <= 1 + 1e-9
 
 
+@pytest.mark.gpu
+def test_a_fixed_state_decodes_in_the_same_time_everywhere(tmp_path):
+    """Three layers of Based, 512 tokens in segments of 128: the last is not slower than the first, nor than the bound."""
+    path = tmp_path / "records.json"
+    tiny = ["--n-layers", 3, "--batch", 64, "--new-tokens", 512, "--length", 512, "--repeats", 3, "--no-compiled"]
+    run("--models", "based-360m", *tiny, "--out", path)
+    document = json.loads(path.read_text())
+    parts = record(document, "generation", "based-360m")["segments"]
+    assert parts[-1]["ms_per_token"] == pytest.approx(parts[0]["ms_per_token"], rel=0.05)
+    assert all(found["share_of_bound"] < 1.05 for found in document["records"])
+    assert all(found["peak_memory_bytes"] > found["state_bytes"] for found in document["records"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
