@@ -58,14 +58,24 @@ def failures(directory: Path | str) -> pd.DataFrame:
 def from_records(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """`load` for results that are in memory."""
     with store.no_garbage_collection():
-        return pd.DataFrame([row for record in records for row in _rows(record)])
+        records = list(records)
+        runs = pd.DataFrame([_run_columns(record) for record in records])
+        parts = pd.DataFrame(
+            [
+                _slice_columns(part, record["state"][str(part["seq_len"])])
+                for record in records
+                for part in record["slices"]
+            ]
+        )
+        times = [len(record["slices"]) for record in records]
+        return runs.loc[runs.index.repeat(times)].reset_index(drop=True).join(parts)
 
 
-def _rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+def _run_columns(record: dict[str, Any]) -> dict[str, Any]:
     config, slices = record["config"], record["slices"]
     longest = max(part["seq_len"] for part in slices)
     state = record["state"][str(longest)]
-    common = {
+    return {
         "run_id": record["run_id"],
         "point_id": record["point_id"],
         "architecture": record["architecture"],
@@ -90,7 +100,6 @@ def _rows(record: dict[str, Any]) -> list[dict[str, Any]]:
         "torch": record["versions"]["torch"],
         "git_commit": (record["git"] or {}).get("commit"),
     }  # fmt: skip
-    return [common | _slice_columns(part, record["state"][str(part["seq_len"])]) for part in slices]
 
 
 def _slice_columns(part: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shlex
 import subprocess
@@ -110,6 +111,7 @@ def sweep(options: dict[str, Any]) -> int:
         setups = worker_setups(options, devices, directory)
         with store.open_directory(directory), Signals() as stop:
             found = store.scan(directory)
+            gc.freeze()  # nor will the collector go through what was read, as long as this process lives
             if options["best_seeds"] is not None:
                 configs = with_best_seeds(configs, found.finished, options["best_seeds"])
             runs = plan.make_plan(configs, devices[0], () if options["rerun"] == "all" else found.finished)

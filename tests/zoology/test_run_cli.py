@@ -2,8 +2,10 @@
 
 import io
 import json
+import pickle
 import re
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -35,6 +37,15 @@ def sweep(scale):
         for name in ("attention", "based")
         for lr in (1e-3, 1e-2)
     ]
+"""
+
+PICKLED = """
+import pickle
+from pathlib import Path
+
+
+def sweep(scale):
+    return pickle.loads(Path({path!r}).read_bytes())
 """
 
 
@@ -157,6 +168,29 @@ def test_runs_of_other_models_are_kept_out_of_table_and_plot(command, experiment
     assert "4 finished runs in" in said.output
     assert "outside this sweep" in said.output
     assert "d_model=16" not in said.output[said.output.index("architecture  ") :]
+
+
+@pytest.mark.parametrize(
+    ("count", "seconds"), [(400, 0.6), pytest.param(10_000, 4.0, marks=pytest.mark.slow)], ids=["some", "ten thousand"]
+)
+def test_a_plan_that_is_done_resumes_in_seconds(
+    command, experiment, tmp_path, paper_runs, make_record, write_records, engines, count, seconds
+):
+    """In time of this process, which others on the machine do not change; less imports, which take 1.5 s."""
+    runs = plan.with_seeds(paper_runs("mqar_sweep.py"), -(-count // 100))[:count]
+    experiment.write_text(PICKLED.format(path=str(tmp_path / "runs.pickle")))
+    (tmp_path / "runs.pickle").write_bytes(pickle.dumps(runs))
+    directory = write_records([make_record(config, 0.5) for config in runs])
+    (directory / "tradeoff.png").touch()
+    assert command("--scale", "smoke", "--dry-run", out=directory).exit_code == 0  # what is imported when it is needed
+    before = time.process_time()
+    said = command("--scale", "smoke", out=directory)
+    taken = time.process_time() - before
+    assert said.exit_code == 0
+    assert f"{count} runs of " in said.output
+    assert ": 0 to do; " in said.output
+    assert not engines.made
+    assert taken < seconds
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(command, tmp_path):
