@@ -54,7 +54,9 @@ class PlainView:
         else:
             accuracies = [part["validation"]["accuracy"] for part in record["slices"]]
             mean = sum(accuracies) / len(accuracies)
-            said = f"validation {mean:.3f}, {record['epochs']} epochs, {duration(record['wall_seconds'])}"
+            built = record["execution"]["build_seconds"]
+            building = f", {duration(built)} of them to compile" if built >= 1 else ""
+            said = f"validation {mean:.3f}, {record['epochs']} epochs, {duration(record['wall_seconds'])}{building}"
         width = len(str(progress.total))
         left = f"; {duration(progress.seconds_left())} left" if progress.pending or progress.active else ""
         self._print(f"[{progress.done:{width}}/{progress.total}] {run.label}: {said}{left}")

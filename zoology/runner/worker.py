@@ -78,7 +78,9 @@ def attempt(
     except TrainingDiverged as error:
         return None, Failure("diverged", str(error))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        return None, Failure("out of memory", f"out of memory: {error}", traceback.format_exc())
+        memory = read_memory(setup.device)
+        taken = f" with {memory.peak / 1e9:.1f} GB taken" if memory else ""
+        return None, Failure("out of memory", f"out of memory{taken}: {error}", traceback.format_exc())
     except (Exception, SystemExit) as error:
         return None, Failure("error", f"{type(error).__name__}: {error}", traceback.format_exc())
     finally:
