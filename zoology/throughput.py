@@ -34,7 +34,7 @@ from torch import Tensor
 import architectures
 from architectures.mixer import count_bytes, state_tensors
 from zoology import presets, results
-from zoology.benchmark import describe, joined, measure_ceilings, parse_model, peak_memory
+from zoology.benchmark import alone, describe, joined, measure_ceilings, parse_model, peak_memory
 from zoology.bounds import ModelWork, Moved, element_sizes
 from zoology.config import ModelConfig
 from zoology.doctor import machine
@@ -72,13 +72,15 @@ class Point(NamedTuple):
 class Effort(NamedTuple):
     """At most `repeats` timed runs of a point, no more once `seconds` are spent; `profile` adds the longest kernels.
 
-    Without `compiled` the small operations of a decode step are not fused by torch.compile.
+    Without `compiled` the small operations of a decode step are not fused by torch.compile. Of several processes that
+    share the file `lock`, one measures at a time.
     """
 
     repeats: int = 5
     seconds: float = 5.0
     profile: bool = False
     compiled: bool = True
+    lock: Path | None = None
 
 
 # -- clocks -------------------------------------------------------------------------------------------------
@@ -107,9 +109,10 @@ class Clock:
 
 def repeated(run: Callable[[], list[float]], effort: Effort) -> list[list[float]]:
     """Results of `run`, once at least, as often as the effort allows."""
-    started, found = time.perf_counter(), [run()]
-    while len(found) < effort.repeats and time.perf_counter() - started < effort.seconds:
-        found.append(run())
+    with alone(effort.lock):
+        started, found = time.perf_counter(), [run()]
+        while len(found) < effort.repeats and time.perf_counter() - started < effort.seconds:
+            found.append(run())
     return found
 
 
@@ -411,6 +414,7 @@ def command(
     seconds: Annotated[float, typer.Option(min=0, help="no further run once a point has taken so long")] = 5.0,
     profile: Annotated[bool, typer.Option(help="add the longest kernels to every record")] = False,
     compiled: Annotated[bool, typer.Option(help="fuse the small operations of a decode step")] = True,
+    lock: Annotated[Path | None, typer.Option(help="file that several benchmarks of one machine share")] = None,
     architectures_file: Annotated[
         list[Path] | None, typer.Option("--architectures", help="file of your own architectures (again to add)")
     ] = None,
@@ -437,7 +441,7 @@ def command(
             for path in architectures_file or ():
                 architectures.load_file(path)
             asked = trained(results_of, scale) if results_of else subjects(models.split(","), n_layers or None)
-            effort = Effort(repeats, seconds, profile, compiled)
+            effort = Effort(repeats, seconds, profile, compiled, lock)
             document = _measure(
                 [] if kernels else asked, where, DTYPES[chosen], effort, out, kernels,
                 lambda subject: points(
@@ -465,7 +469,7 @@ def _measure(
     found["versions"] |= {name: version for name, version in machine(device)["versions"].items() if version}
     if device.type == "cuda":
         found["device"]["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
-    found |= {"ceilings": measure_ceilings(device), "records": []}
+    found |= {"ceilings": measure_ceilings(device, effort.lock), "records": []}
     records = Records(found, out, lambda text: print(text, flush=True))
     if kernels:
         for record in kernel_records(kernels, found["ceilings"]):
