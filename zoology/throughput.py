@@ -23,6 +23,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -34,7 +35,7 @@ from torch import Tensor
 import architectures
 from architectures.mixer import count_bytes, state_tensors
 from zoology import presets, results
-from zoology.benchmark import alone, describe, joined, measure_ceilings, parse_model, peak_memory
+from zoology.benchmark import describe, joined, measure_ceilings, parse_model, peak_memory
 from zoology.bounds import ModelWork, Moved, element_sizes
 from zoology.config import ModelConfig
 from zoology.doctor import machine
@@ -105,6 +106,19 @@ class Clock:
             self.marks[-1].synchronize()
             return [first.elapsed_time(last) for first, last in zip(self.marks, self.marks[1:])]
         return [1e3 * (last - first) for first, last in zip(self.marks, self.marks[1:])]
+
+
+@contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """Hold the file `lock`, so that of several processes that get ready side by side one measures at a time."""
+    if lock is None:
+        yield
+        return
+    import fcntl
+
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def repeated(run: Callable[[], list[float]], effort: Effort) -> list[list[float]]:
@@ -469,7 +483,8 @@ def _measure(
     found["versions"] |= {name: version for name, version in machine(device)["versions"].items() if version}
     if device.type == "cuda":
         found["device"]["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
-    found |= {"ceilings": measure_ceilings(device, effort.lock), "records": []}
+    with alone(effort.lock):
+        found |= {"ceilings": measure_ceilings(device), "records": []}
     records = Records(found, out, lambda text: print(text, flush=True))
     if kernels:
         for record in kernel_records(kernels, found["ceilings"]):
