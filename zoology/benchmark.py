@@ -405,31 +405,42 @@ def line(record: dict[str, Any]) -> str:
     )
 
 
-def protocol(
-    text: str, precision: str, device: torch.device, *, epochs: int = 32, rates: int = 4, share: float = 1.0, **options
-) -> dict[str, Any]:
-    """One model of the Based protocol (arXiv:2402.18668): `rates` learning rates of `epochs` epochs, none cut short.
-
-    `share` of the training examples. Times include data, compilation, evaluation and scoring.
-    """
-    size = options.get("vocab_size", 8192)
+def protocol_run(
+    text: str,
+    precision: str,
+    rate: float,
+    *,
+    epochs: int = 32,
+    share: float = 1.0,
+    vocab_size: int = 8192,
+    batch_size: int = 256,
+) -> RunConfig:
+    """A run of the Based protocol (arXiv:2402.18668) without early stopping, on `share` of the examples."""
 
     def task(length: int, pairs: int) -> MQAR:
-        return MQAR(vocab_size=size, seq_len=length, num_kv_pairs=pairs)
+        return MQAR(vocab_size=vocab_size, seq_len=length, num_kv_pairs=pairs)
 
     train_slices = [Slice(task=task(t, d), num_examples=max(1, int(n * share))) for t, d, n in PROTOCOL_TRAIN]
     test_slices = [Slice(task=task(t, d), num_examples=max(1, int(1000 * share))) for t, d in PROTOCOL_TEST]
-    data = DataConfig(train=train_slices, test=test_slices, batch_size=options.get("batch_size", 256))
+    return RunConfig(
+        architecture=text,
+        model=parse_model(text, vocab_size),
+        data=DataConfig(train=train_slices, test=test_slices, batch_size=batch_size),
+        train=TrainConfig(lr=rate, epochs=epochs, precision=precision, stop_accuracy=None),
+    )
+
+
+def protocol(
+    text: str, precision: str, device: torch.device, *, epochs: int = 32, rates: int = 4, **options
+) -> dict[str, Any]:
+    """One model of the protocol: `rates` learning rates of `epochs` epochs, none cut short.
+
+    Times include data, compilation, evaluation and scoring.
+    """
     started, runs = time.perf_counter(), []
     for rate in learning_rates(-3, -1.5, rates):
-        config = RunConfig(
-            architecture=text,
-            model=parse_model(text, size),
-            data=data,
-            train=TrainConfig(lr=rate, epochs=epochs, precision=precision, stop_accuracy=None),
-        )
         begun = time.perf_counter()
-        outcome = train(config, device=device)
+        outcome = train(protocol_run(text, precision, rate, epochs=epochs, **options), device=device)
         runs.append(
             {
                 "lr": rate,
@@ -446,11 +457,27 @@ def protocol(
         mean = statistics.mean(runs[-1]["test"].values())
         print(f"lr {rate:g}: {runs[-1]['wall_seconds']:.1f} s, test accuracy {mean:.4f}", flush=True)
     total = time.perf_counter() - started
-    print(f"{text} {precision}: {total:.1f} s for {rates} learning rates of {epochs} epochs", flush=True)
-    return describe(device) | {
-        "protocol": {"model": text, "precision": precision, "epochs": epochs, "share": share, "seconds": total},
+    result = describe(device) | {
+        "protocol": {"model": text, "precision": precision, "epochs": epochs, "seconds": total} | options,
         "runs": runs,
     }
+    print(extrapolation([result]), flush=True)
+    return result
+
+
+def extrapolation(results: list[dict[str, Any]], models: int = 43) -> str:
+    """What `models` models like those of these protocol records take, one after the other on one such device."""
+    lines = []
+    for result in results:
+        done, build = result["protocol"], sum(run["execution"]["build_seconds"] for run in result["runs"])
+        lines.append(
+            f"{done['model']} {done['precision']}: {done['seconds']:.1f} s for {len(result['runs'])} learning rates of "
+            f"{done['epochs']} epochs, of which {build:.1f} s built the loop"
+        )
+    mean = statistics.mean(result["protocol"]["seconds"] for result in results)
+    return "\n".join(
+        [*lines, f"{models} such models: {models * mean / 60:.0f} minutes on one {results[0]['device']['name']}"]
+    )
 
 
 def joined(results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import logging
 import os
 import time
 import types
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,6 +194,10 @@ class StaticLoop:
         self._finish = compile_apart(finish_step, FINISH_OPTIONS) if self.compiled else finish_step
         self.head = self.optimizer.copies.get("embedding.weight")
         self.pool = torch.cuda.graph_pool_handle() if self.captured else None
+        self._compiled: dict[tuple, Callable[..., Tensor]] = {}
+        self._label_counts: dict[tuple, set[int]] = defaultdict(set)
+        for part, resident in self.parts:
+            self._label_counts[self._signature(part, resident)].add(resident.positions.shape[1])
         self._steps = [
             self._record(self._training_step(part, resident), train=True, counter=self.counter, recorded=self.captured)
             for part, resident in self.parts
@@ -224,7 +228,9 @@ class StaticLoop:
         self.model.zero_grad(set_to_none=True)
         return names
 
-    def _training_step(self, part: Slice, resident: Resident) -> Callable[[], None]:
+    def _loss_function(self, part: Slice, resident: Resident) -> Callable[..., Tensor]:
+        """The loss of a batch of this slice, compiled once for slices that differ in the number of labels only."""
+
         def loss_of_batch(*tensors: Tensor | None) -> Tensor:
             *columns, order, counter, head = tensors
             return batch_loss(
@@ -233,12 +239,29 @@ class StaticLoop:
                 order,
                 counter,
                 head,
-                part.task.prefix_length,
+                prefix_length,
                 self.precision,
                 self.config.train.masked_prefix,
             )
 
-        compute = compile_apart(loss_of_batch, COMPILE_OPTIONS) if self.compiled else loss_of_batch
+        key = prefix_length, *_ = self._signature(part, resident)
+        if not self.compiled:
+            return loss_of_batch
+        if key not in self._compiled:
+            self._compiled[key] = compile_apart(loss_of_batch, COMPILE_OPTIONS)
+        if len(self._label_counts[key]) > 1:
+            for column in (resident.positions, resident.targets):
+                torch._dynamo.maybe_mark_dynamic(column, 1)
+        return self._compiled[key]
+
+    def _signature(self, part: Slice, resident: Resident) -> tuple:
+        """What slices that share compiled code have in common: length of the prefix, where one matters, and data."""
+        reads_prefix = self.model.takes_prefix or self.config.train.masked_prefix is not None
+        prefix_length = part.task.prefix_length if reads_prefix else 0
+        return (prefix_length, resident.tokens.shape, *(column.dtype for column in resident))
+
+    def _training_step(self, part: Slice, resident: Resident) -> Callable[[], None]:
+        compute = self._loss_function(part, resident)
 
         def step() -> None:
             loss = compute(*resident, self.order, self.counter, self.head)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import architectures
+from zoology import graphs
 from zoology.config import DataConfig, MaskedPrefix, ModelConfig, RunConfig, Slice, TrainConfig, layer
 from zoology.data import compact, gather_labels, load_split
 from zoology.graphs import PickLabelled, batch_loss, compile_apart, fetch_loop, finish_step, forget_loops, reside
@@ -162,6 +163,26 @@ def test_the_loss_is_one_graph(names):
     traced = compile_apart(loss, backend="aot_eager")
     for one, other in zip(torch.autograd.grad(traced(*data), list(model.parameters())), plain):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_slices_that_differ_in_their_labels_only_share_compiled_code(monkeypatch):
+    def run(mode):
+        config = small_run()
+        pairs = tuple(Slice(task=MQAR(vocab_size=32, seq_len=16, num_kv_pairs=p), num_examples=30) for p in (2, 4))
+        return train(config.model_copy(update={"data": config.data.model_copy(update={"train": pairs})}), mode=mode)
+
+    compiled = []
+
+    def compile_eagerly(function, options):
+        compiled.append(function.__name__)
+        return compile_apart(function, backend="aot_eager")
+
+    monkeypatch.setattr(graphs, "compile_apart", compile_eagerly)
+    torch._dynamo.utils.counters.clear()
+    one, other = run("static"), run("compiled")
+    assert compiled == ["finish_step", "loss_of_batch"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert [e.loss for e in one.epochs] == pytest.approx([e.loss for e in other.epochs], rel=1e-5)
 
 
 def test_the_end_of_a_step_is_one_graph():
