@@ -109,12 +109,17 @@ class Mamba(SequenceMixer):
         dt, b, c = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if backend == "mamba-ssm":
             decay = -self.A_log.float().exp()
-            if u.ndim == 2:
+            if u.ndim == 2 or empty:
+                # Skip, bias and gate are the kernels' own.
                 rest = {"D": self.D, "dt_bias": self.dt_proj.bias, "z": z}
-                dt = F.linear(dt, self.dt_proj.weight)
-                y, ssm = mamba_ssm.selective_scan_step(x, dt, decay, b, c, state.ssm, **rest)
+                if u.ndim == 2:
+                    dt = F.linear(dt, self.dt_proj.weight)
+                    y, ssm = mamba_ssm.selective_scan_step(x, dt, decay, b, c, state.ssm, **rest)
+                else:
+                    dt = self.dt_proj.weight @ dt.transpose(1, 2)
+                    y, ssm = mamba_ssm.gated_scan(x, dt, decay, b, c, **rest)
                 return self.out_proj(y), MambaState(ssm, tail)
-            y, ssm = mamba_ssm.selective_scan(x, self.dt_proj(dt), decay, b, c, None if empty else state.ssm)
+            y, ssm = mamba_ssm.selective_scan(x, self.dt_proj(dt), decay, b, c, state.ssm)
         else:
             y, ssm = self._mix(x, self.dt_proj(dt), b, c, state.ssm)
         return self.out_proj((y + self.D.to(x.dtype) * x) * F.silu(z)), MambaState(ssm, tail)

@@ -73,13 +73,37 @@ def short_convolution(conv: ShortConvolution, x: Tensor, tail: Tensor) -> tuple[
     return y.transpose(1, 2), after[:, after.shape[1] - (size - 1) :].to(tail.dtype)
 
 
-def selective_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None
+def gated_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor,
+    dt_bias: Tensor,
+    z: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.selective_scan` with dt before its softplus; `state` None is the empty one.
+    """(`kernels.selective_scan` + D x) silu(z) from an empty state on, dt [B, E, T] before its bias and softplus.
 
-    The kernel starts from nothing: what an earlier state adds is added here, as the scan is linear in it. The state
-    that is returned has no gradient.
+    The last state has no gradient.
+    """
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    x, dt, B, C, z = autocast_inputs(x, dt, B, C, z)
+    x, B, C, z = (part.transpose(1, 2).contiguous() for part in (x, B, C, z))
+    rest = {"D": D.float(), "z": z, "delta_bias": dt_bias.float()}
+    with torch.autocast(x.device.type, enabled=False):
+        y, last = selective_scan_fn(
+            x, dt.to(x.dtype), A.float(), B, C, **rest, delta_softplus=True, return_last_state=True
+        )
+    return y.transpose(1, 2), last
+
+
+def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.selective_scan` from `state` on, with dt before its softplus; no gradient through the state.
+
+    The kernel starts from nothing: what an earlier state adds is added here, as the scan is linear in it.
     """
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -97,8 +121,6 @@ def selective_scan(
             return_last_state=True,
         )
         y = y.transpose(1, 2)
-        if state is None:
-            return y, last
         elapsed, before = F.softplus(dt.float()).cumsum(1), state.float()
         extra = torch.zeros_like(elapsed)
         for n in range(A.shape[1]):

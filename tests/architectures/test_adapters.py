@@ -82,6 +82,31 @@ def check_decoding(mixer, other, parts=(2, 7), steps=4):
         assert_close(one.double(), expected.double())
 
 
+@torch.no_grad()
+def check_prefill_of_nothing(mixer, other, length=9):
+    """`prefill_empty`, for which kernels need not read a state, is the reference's `prefill` of an empty one."""
+    x = torch.randn(2, length, 16).double()
+    y, state = mixer.prefill_empty(x, mixer.init_state(2, length))
+    expected, last = other.prefill(x, other.init_state(2, length))
+    for one, exact in zip([y, *(t for _, t in state_tensors(state))], [expected, *(t for _, t in state_tensors(last))]):
+        assert one.dtype == exact.dtype
+        assert_close(one.double(), exact.double())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("attention", {"num_heads": 2}), ("sliding_window", {"window": 4}), ("sliding_window", {"window": 50})],
+)
+def test_flash_prefill_of_nothing(flash_attn, name, options):
+    check_prefill_of_nothing(*twins(name, "flash-attn", **options))
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize("length", [2, 9])
+def test_mamba_prefill_of_nothing(mamba_ssm, name, length):
+    check_prefill_of_nothing(*twins(name, "mamba-ssm"), length=length)
+
+
 # -- flash-attn --------------------------------------------------------------------------------------------------
 
 
@@ -153,15 +178,21 @@ def conv1d_update(x, conv_state, weight, bias=None, activation=None):
     return y.squeeze(2)
 
 
-def scan(u, delta, A, B, C, *, delta_softplus, return_last_state):
-    """u delta [B, D, T], A [D, N] float32, B C [B, N, T]; from nothing, and the last state has no gradient."""
+def scan(u, delta, A, B, C, *, D=None, z=None, delta_bias=None, delta_softplus, return_last_state):
+    """u delta z [B, D, T], A [D, N] and D delta_bias [D] float32, B C [B, N, T]; from nothing, and the last state has
+    no gradient."""
     assert A.dtype == torch.float32
+    assert all(part is None or part.dtype == torch.float32 for part in (D, delta_bias))
     assert (delta_softplus, return_last_state) == (True, True)
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None]
     h, outputs, delta = torch.zeros(u.shape[0], *A.shape, dtype=u.dtype), [], F.softplus(delta)
     for t in range(u.shape[2]):
         h = h * torch.exp(delta[:, :, t, None] * A) + (delta * u)[:, :, t, None] * B[:, None, :, t]
         outputs.append((h * C[:, None, :, t]).sum(-1))
-    return torch.stack(outputs, 2), h.detach()
+    y = torch.stack(outputs, 2)
+    y = y if D is None else y + D[:, None] * u
+    return y if z is None else y * F.silu(z), h.detach()
 
 
 def update(state, x, dt, A, B, C, *, D, dt_bias, dt_softplus, z=None):
