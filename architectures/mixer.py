@@ -219,6 +219,14 @@ class SequenceMixer(nn.Module):
             self._beside.append(backend)
         return backend
 
+    def pin_backend(self, backend: str | None) -> str | None:
+        """Run `backend` without looking it up, None: look up again -> what was pinned before.
+
+        For code that is compiled for any length, which no table of lengths answers: resolve, pin, run, pin None.
+        """
+        before, self._forced = self._forced, backend
+        return before
+
     def force_backend(self, backend: str) -> None:
         """Run `backend` from now on and ask nothing: for parity checks, of a copy that is thrown away."""
         for module in self.modules():

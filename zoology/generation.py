@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from architectures import registry
 from architectures.mixer import State, check_prefix_length, clone_state, map_state, state_tensors
 from zoology.config import ModelConfig
 from zoology.model import Block, LanguageModel, Stack, measured_state
@@ -145,6 +145,33 @@ def advance(block: Block, x: Tensor, delta: Tensor, state: State, keep_position:
     return x, block.channel_mixer(block.channel_norm(x))
 
 
+def read(block: Block, x: Tensor, state: State, prefix_length: int, empty: bool, keep_position: bool) -> Tensor:
+    """A chunk [B, T, D] through a block, its state updated in place."""
+    x, new = block.prefill(x, state, prefix_length, empty=empty)
+    write_state(state, new, keep_position)
+    return x
+
+
+class Fused:
+    """A function compiled when it is first called; where the compiler refuses, that is logged and it runs as it is."""
+
+    def __init__(self, function: Callable, what: str, *, dynamic: bool = False):
+        from zoology.graphs import compile_apart
+
+        self.plain, self.what = function, what
+        self.compiled: Callable | None = compile_apart(function, dynamic=dynamic)
+
+    def __call__(self, *arguments):
+        if self.compiled is not None:
+            try:
+                return self.compiled(*arguments)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = str(error).strip().partition("\n")[0]
+                log.warning("%s runs uncompiled: %s: %s", self.what, type(error).__name__, reason)
+                self.compiled = None
+        return self.plain(*arguments)
+
+
 def write_state(state: State, new: State, keep_position: bool) -> None:
     """Copy what `new` holds into the tensors of `state`; tensors that are the same stay."""
     for (_, old), (_, value) in zip(state_tensors(state), state_tensors(new)):
@@ -175,6 +202,13 @@ def pick(logits: Tensor, temperature: Tensor | None, generator: torch.Generator 
         return logits.argmax(-1)
     weights = torch.softmax(logits.float() / temperature, -1)
     return weights.div_(torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
+
+
+class Functions(NamedTuple):
+    """What runs a layer: a step, and a chunk of a prompt."""
+
+    advance: Callable
+    read: Callable
 
 
 class Decoder:
@@ -234,7 +268,8 @@ class Decoder:
         self.logits: Tensor | None = None
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = None
-        self._advance, self._finish = self._compile() if self.compiled else ({}, finish)
+        self._functions = self._choose_functions()
+        self._finish = Fused(finish, "the head") if self.compiled else finish
         if self.graphs:
             self._warm_up()
 
@@ -334,18 +369,29 @@ class Decoder:
         """A chunk of a prompt, the state updated in place -> [B, D], what the last block gives for the last token."""
         x = self.model.embed(tokens, self.position)
         for index, (block, state) in enumerate(zip(self.model.blocks, self.state.layers)):
-            x, new = block.prefill(x, state, prefix_length, empty=self.seen == 0)
-            write_state(state, new, index not in self._counts_itself)
+            x = self._read_block(index, block, x, state, prefix_length)
         self.position.add_(tokens.shape[1])
         self.seen += tokens.shape[1]
         return x[:, -1]
+
+    def _read_block(self, index: int, block: Block, x: Tensor, state: State, prefix_length: int) -> Tensor:
+        arguments = (block, x, state, prefix_length, self.seen == 0, index not in self._counts_itself)
+        function = self._functions[index].read
+        if function is read:
+            return read(*arguments)
+        mixer = block.mixer
+        before = mixer.pin_backend(mixer.backend_for(x))
+        try:
+            return function(*arguments)
+        finally:
+            mixer.pin_backend(before)
 
     def _step(self, sampled: bool) -> Tensor:
         """Read `token`, write the next one there and into `made` -> logits: nothing but operations on the device."""
         x, delta = self.model.embed(self.token[:, None], self.position)[:, 0], self._zero
         for index, (block, state) in enumerate(zip(self.model.blocks, self.state.layers)):
-            run = self._advance.get(index, advance)
-            x, delta = run(block, x, delta, state, index not in self._counts_itself)
+            advanced = self._functions[index].advance
+            x, delta = advanced(block, x, delta, state, index not in self._counts_itself)
         logits = self._finish(self.model, x, delta)
         self.token.copy_(pick(logits, self.temperature if sampled else None, self.generator if sampled else None))
         self.made.index_copy_(0, self.count, self.token[None])
@@ -380,21 +426,18 @@ class Decoder:
         )
         return Stack(layers, stack.position)
 
-    def _compile(self) -> tuple[dict[int, Any], Any]:
-        """`advance` for every layer, compiled once for each kind of layer, and `finish`."""
-        from zoology.graphs import compile_apart
-
-        kinds: dict[str, Any] = {}
-        functions: dict[int, Any] = {}
-        for index in range(len(self.model.blocks)):
-            spec = self.model.config.layer_at(index)
-            if registry.options(spec.name).keys() & {"layer_idx", "n_layers"}:
-                continue  # every layer is another function: compiling them all takes longer than they save
+    def _choose_functions(self) -> list[Functions]:
+        """What runs each layer: compiled once for each kind of layer."""
+        specs = [self.model.config.layer_at(index) for index in range(len(self.model.blocks))]
+        if not self.compiled:
+            return [Functions(advance, read)] * len(specs)
+        kinds: dict[str, Functions] = {}
+        for spec in specs:
             kind = spec.model_dump_json()
             if kind not in kinds:
-                kinds[kind] = compile_apart(advance)
-            functions[index] = kinds[kind]
-        return functions, compile_apart(finish)
+                steps = Fused(advance, f"a step of {spec.name}")
+                kinds[kind] = Functions(steps, Fused(read, f"prefill of {spec.name}", dynamic=True))
+        return [kinds[spec.model_dump_json()] for spec in specs]
 
     @torch.no_grad()
     def _warm_up(self) -> None:

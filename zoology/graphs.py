@@ -409,8 +409,10 @@ FINISH_OPTIONS: dict[str, Any] = {"force_pointwise_cat": True}
 """For the end of a step: gradients are joined within the kernel that uses them."""
 
 
-def compile_apart(function: Callable, options: dict[str, Any] | None = None, backend: str = "inductor") -> Callable:
-    """`torch.compile` of a function with a code object of its own.
+def compile_apart(
+    function: Callable, options: dict[str, Any] | None = None, backend: str = "inductor", *, dynamic: bool = False
+) -> Callable:
+    """`torch.compile` of a function with a code object of its own; `dynamic`: once for all sizes.
 
     PyTorch keeps compiled variants by code object and gives up on one that has many: here each model and shape is
     one, and what was compiled is freed with the function.
@@ -427,7 +429,7 @@ def compile_apart(function: Callable, options: dict[str, Any] | None = None, bac
     if backend == "inductor":
         known = torch._inductor.config.get_config_copy()
         options = {name: value for name, value in (options or {}).items() if name in known}
-    return torch.compile(apart, fullgraph=True, dynamic=False, backend=backend, options=options or None)
+    return torch.compile(apart, fullgraph=True, dynamic=dynamic, backend=backend, options=options or None)
 
 
 def _keep_compiled_code() -> None:

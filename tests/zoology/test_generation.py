@@ -172,12 +172,24 @@ class CountsInPlace(Mean):
         return state.total / state.position, state
 
 
+class Branches(Mean):
+    """What no compiler can trace."""
+
+    def step(self, x, state):
+        scale = 1.0 if float(x.sum()) > 0 else 2.0
+        y, state = super().step(x, state)
+        return scale * y, state
+
+
+OWN = {"own_mean": Mean, "own_every_other": EveryOther, "own_counter": CountsInPlace, "own_branches": Branches}
+
+
 @pytest.fixture
 def own_mixers():
-    for name, cls in (("own_mean", Mean), ("own_every_other", EveryOther), ("own_counter", CountsInPlace)):
+    for name, cls in OWN.items():
         register(name, paper="none")(cls)
     yield
-    for name in ("own_mean", "own_every_other", "own_counter"):
+    for name in OWN:
         registry._entries.pop(name)
 
 
@@ -201,12 +213,26 @@ def test_a_step_is_one_graph_for_all_layers_of_a_kind(monkeypatch):
         return graph
 
     original = zoology.graphs.compile_apart
-    monkeypatch.setattr(zoology.graphs, "compile_apart", lambda function: original(function, backend=count))
+    monkeypatch.setattr(
+        zoology.graphs, "compile_apart", lambda function, dynamic: original(function, backend=count, dynamic=dynamic)
+    )
     model, tokens = build(EXPANDED, BASED, WINDOW, ATTENTION, EXPANDED, BASED, norm="rmsnorm"), draw(2, 14)
     decoder = Decoder(model, 2, 14, compiled=True)
-    actual = decoded_logits(decoder, tokens, 9)
-    assert torch.allclose(actual, model(tokens)[:, 8:], rtol=1e-9, atol=1e-12)
-    assert len(traced) == 4 + 1
+    for prompt in (9, 11):
+        decoder.reset()
+        actual = decoded_logits(decoder, tokens, prompt)
+        assert torch.allclose(actual, model(tokens)[:, prompt - 1 :], rtol=1e-9, atol=1e-12)
+    # Steps, chunks of any length and the head; the reference of based is a loop over its own chunks.
+    assert len(traced) == 4 + (4 + 1) + 1
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(own_mixers, caplog):
+    model, tokens = build(layer("own_branches")), draw(2, 9)
+    decoder = Decoder(model, 2, 9, compiled=True)
+    with caplog.at_level("WARNING", logger="zoology"):
+        actual = decoded_logits(decoder, tokens, 5)
+    assert torch.allclose(actual, model(tokens)[:, 4:], rtol=1e-9, atol=1e-12)
+    assert "a step of own_branches runs uncompiled" in caplog.text
 
 
 # -- refusals --------------------------------------------------------------------------------------------------
