@@ -87,8 +87,26 @@ class Mamba(SequenceMixer):
 
     def prefill_empty(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         self.check_state(x, state)
-        y, after = self._run(x, state, empty=True)
-        return y, MambaState(after.ssm.to(state.ssm.dtype), after.conv)
+        if self.backend_for(x) != "mamba-ssm" or backends.wants_grad(x, self.in_proj.weight):
+            y, after = self._run(x, state, empty=True)
+        else:
+            y, after = self._read_prompt(x)
+        return y, MambaState(after.ssm.to(state.ssm.dtype), after.conv.to(state.conv.dtype))
+
+    def _read_prompt(self, u: Tensor) -> tuple[Tensor, MambaState]:
+        """u [B, T, D] from an empty state on, without a gradient, channels first all the way."""
+
+        def product(weight: Tensor, x: Tensor) -> Tensor:
+            return torch.bmm(weight.expand(x.shape[0], -1, -1), x)
+
+        def project(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            dt, b, c = product(self.x_proj.weight, x).split([self.dt_rank, self.d_state, self.d_state], dim=1)
+            return product(self.dt_proj.weight, dt), b, c
+
+        x, z = product(self.in_proj.weight, u.transpose(1, 2)).chunk(2, dim=1)
+        rest = {"A": -self.A_log.float().exp(), "D": self.D, "dt_bias": self.dt_proj.bias}
+        y, ssm, tail = mamba_ssm.read_prompt(x, z, self.conv, project, **rest)
+        return product(self.out_proj.weight, y).transpose(1, 2), MambaState(ssm, tail)
 
     def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         self.check_state(x, state)

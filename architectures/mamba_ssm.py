@@ -5,6 +5,8 @@ Everything here wants CUDA tensors. The decode kernels have no gradient and writ
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -146,7 +148,57 @@ def selective_scan_step(
     return _scan_step(x, dt, A, B, C, D, dt_bias, z, state), state
 
 
-# Operators, so that a decode step can be compiled.
+def read_prompt(
+    x: Tensor, z: Tensor, conv: ShortConvolution, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], **scan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A block's convolution and gated scan from empty states on, everything channels first and without a gradient.
+
+    x z [B, E, T], `project` gives dt [B, E, T], B and C [B, N, T] of the convolved x -> y [B, E, T], the states of scan
+    and convolution. Nothing is transposed on the way.
+    """
+    size = conv.kernel_size
+    tail = F.pad(x, (max(0, size - 1 - x.shape[2]), 0))[:, :, -(size - 1) :].transpose(1, 2)
+    x = _convolution(x, conv.weight.flip(-1), conv.bias, conv.activation)
+    y, last = _scan(x, *project(x), scan["A"], scan["D"].float(), scan["dt_bias"].float(), z)
+    return y, last, tail
+
+
+# Operators, so that what has no gradient can be compiled.
+@torch.library.custom_op(
+    "zoology::mamba_ssm_convolution",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor",
+)
+def _convolution(x, weight, bias, activation):
+    from causal_conv1d import causal_conv1d_fn
+
+    return causal_conv1d_fn(x, weight, bias, activation=activation)
+
+
+@_convolution.register_fake
+def _(x, weight, bias, activation):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op(
+    "zoology::mamba_ssm_scan",
+    mutates_args=(),
+    schema="(Tensor x, Tensor dt, Tensor B, Tensor C, Tensor A, Tensor D, Tensor dt_bias, Tensor z)"
+    " -> (Tensor, Tensor)",
+)
+def _scan(x, dt, B, C, A, D, dt_bias, z):
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    x, dt, B, C, z = (part.contiguous() for part in (x, dt, B, C, z))
+    return selective_scan_fn(x, dt, A, B, C, D=D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True)
+
+
+@_scan.register_fake
+def _(x, dt, B, C, A, D, dt_bias, z):
+    last = x.new_empty(x.shape[0], x.shape[1], A.shape[1], dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), last
+
+
 @torch.library.custom_op(
     "zoology::mamba_ssm_convolution_step",
     mutates_args=("tail",),

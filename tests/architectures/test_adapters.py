@@ -162,10 +162,14 @@ def test_a_cache_with_a_gradient_or_of_another_dtype_is_read_by_sdpa_and_recorde
 # -- mamba-ssm and causal-conv1d -----------------------------------------------------------------------------------
 
 
-def conv1d(x, weight, bias=None, *, initial_states, activation=None):
-    """x [B, D, T] channels last, weight [D, W] with the current token's entry last, initial_states [B, D, W - 1]."""
-    assert x.stride(1) == 1
-    assert initial_states.shape[2] == weight.shape[1] - 1
+def conv1d(x, weight, bias=None, *, initial_states=None, activation=None):
+    """x [B, D, T], weight [D, W] with the current token's entry last, initial_states [B, D, W - 1]: channels last."""
+    if initial_states is None:
+        assert x.stride(2) == 1
+        initial_states = x.new_zeros(*x.shape[:2], weight.shape[1] - 1)
+    else:
+        assert x.stride(1) == 1
+        assert initial_states.shape[2] == weight.shape[1] - 1
     y = F.conv1d(torch.cat([initial_states, x], 2), weight.unsqueeze(1), bias, groups=x.shape[1])
     return F.silu(y) if activation == "silu" else y
 
