@@ -8,8 +8,6 @@ diagonals of x^T dy.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,14 +27,15 @@ def toeplitz_matrix(taps: Tensor, length: int) -> Tensor:
 
 def toeplitz_conv(x: Tensor, taps: Tensor) -> Tensor:
     """`fft_conv` without a history. The products are PyTorch's: autocast and the setting for TF32 hold for them."""
-    channels = range(2, x.dim())
-    own = [axis for axis in channels if taps.shape[axis - 1] == x.shape[axis]]
-    shared = [axis for axis in channels if axis not in own]
+    own, shared = [], []
+    for axis in range(2, x.dim()):
+        (own if taps.shape[axis - 1] == x.shape[axis] else shared).append(axis)
     order = [*own, 0, *shared, 1]
-    moved = x.permute(order)
+    back = [0] * x.dim()
+    for place, axis in enumerate(order):
+        back[axis] = place
     dtype = torch.promote_types(x.dtype, taps.dtype)
-    groups = math.prod(x.shape[axis] for axis in own)
-    matrix = toeplitz_matrix(taps.reshape(len(taps), groups).to(dtype), x.shape[1])
-    y = torch.bmm(moved.reshape(groups, -1, x.shape[1]).to(dtype), matrix)
-    back = [order.index(axis) for axis in range(x.dim())]
+    matrix = toeplitz_matrix(taps.reshape(len(taps), -1).to(dtype), x.shape[1])
+    moved = x.permute(order)
+    y = torch.bmm(moved.reshape(matrix.shape[0], -1, x.shape[1]).to(dtype), matrix)
     return y.view(moved.shape).permute(back).to(x.dtype)
