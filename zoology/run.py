@@ -48,8 +48,13 @@ class Rerun(str, Enum):
     all = "all"
 
 
-JOBS_PER_GPU = 2
-"""While one run compiles its model, another trains."""
+JOBS_PER_GPU = 4
+"""Compiling a model takes as long as training it at several rates: while some compile, others keep the GPU busy.
+
+Together they train as fast as one alone, no faster: more are of no use.
+"""
+
+CORES_PER_JOB = 2
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -64,7 +69,9 @@ def run(
     address: Annotated[str | None, typer.Option(help="address of the Ray cluster; default: one of its own")] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(help=f"runs at once per GPU, memory permitting; default: {JOBS_PER_GPU}, or 1 per core"),
+        typer.Option(
+            help=f"runs at once per GPU, memory permitting; default: up to {JOBS_PER_GPU}; without a GPU 1 per core"
+        ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="seeds 0 to N-1 instead of the experiment's own")] = None,
     best_seeds: Annotated[
@@ -168,7 +175,8 @@ def worker_setups(options: dict[str, Any], devices: Sequence[str], directory: Pa
     if jobs is not None and jobs < 1:
         raise PlanError(f"--jobs {jobs}: must be at least 1")
     on_cpu = devices == ["cpu"]
-    places = [device for _ in range(jobs or (cores if on_cpu else JOBS_PER_GPU)) for device in devices]
+    default = cores if on_cpu else max(1, min(JOBS_PER_GPU, cores // (CORES_PER_JOB * len(devices))))
+    places = [device for _ in range(jobs or default) for device in devices]
     # Threads of several workers on the same cores wait for each other: 2 where there is 1 core cost 20 times the time.
     threads = 1 if on_cpu else max(1, cores // len(places))
     shared = {

@@ -244,18 +244,18 @@ def simulate(make_run, watcher, directory, seconds, rates=4, **machine):
 
 def test_a_papers_sweep_keeps_four_gpus_busy(tmp_path, make_run, watcher):
     """58 models at four rates: each is compiled once, and what that takes hides behind others' training."""
-    seconds = [15 + 45 * (index * 37 % 58) / 57 for index in range(58)]
-    machine = {"gpus": 4, "cold": 30.0, "warm": 8.0}
-    engine = simulate(make_run, watcher, tmp_path, seconds, jobs=3, **machine)
+    seconds = [3 + 40 * (index * 37 % 58) / 57 for index in range(58)]
+    machine = {"gpus": 4, "cold": 60.0, "warm": 15.0}
+    engine = simulate(make_run, watcher, tmp_path, seconds, jobs=4, **machine)
     compiled = [entry for entry in engine.log if entry[0] == "cold"]
     assert sorted(entry[2] for entry in compiled) == sorted(engine.train_seconds)
-    assert sum(entry[0] == "warm" for entry in engine.log) <= 12  # helping with a model at the end
-    best = 30.0 + 4 * sum(seconds) / 4
-    assert engine.now <= 1.05 * best
+    assert sum(entry[0] == "warm" for entry in engine.log) <= 16  # helping with a model at the end
+    best = 60.0 + 4 * sum(seconds) / 4
+    assert engine.now <= 1.08 * best
     # One process per GPU waits for its compiler.
     (tmp_path / "alone").mkdir()
     alone = simulate(make_run, watcher, tmp_path / "alone", seconds, jobs=1, **machine)
-    assert alone.now >= 1.15 * engine.now
+    assert alone.now >= 1.4 * engine.now
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
