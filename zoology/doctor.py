@@ -120,8 +120,8 @@ def _tried(cases: list[Case], jobs: int, files: Sequence[Path]) -> Iterator[tupl
     if jobs == 1:
         yield from ((case, try_backend(case)) for case in cases)
         return
-    # References need no compiler: they fill up the end.
-    order = sorted(cases, key=lambda case: case.backend == "reference")
+    # What compiles and tunes most kernels starts first; references need no compiler and fill up the end.
+    order = sorted(cases, key=lambda case: (case.backend == "reference", case.backend != "fla"))
     threads = max(1, _cores() // jobs)
     calls = run_isolated(
         try_backend,
@@ -318,7 +318,7 @@ def doctor(
     d_model: Annotated[int, typer.Option(help="width to try")] = 64,
     seq_len: Annotated[int, typer.Option(help="length to try")] = 256,
     jobs: Annotated[
-        int | None, typer.Option(help="processes; default: one per core, 2 to 8; 1: all in this process")
+        int | None, typer.Option(help="processes; default: one per core, 2 to 16; 1: all in this process")
     ] = None,
     architecture_files: Annotated[
         list[Path] | None, typer.Option("--architectures", help="file that registers architectures; can be repeated")
@@ -343,7 +343,7 @@ def doctor(
                 chosen,
                 d_model=d_model,
                 seq_len=seq_len,
-                jobs=jobs or min(max(2, _cores()), 8),
+                jobs=jobs or min(max(2, _cores()), 16),
                 files=architecture_files or (),
                 on_tried=on_tried,
             )
