@@ -36,6 +36,16 @@ class Hanging(SequenceMixer):
         return Nothing()
 """
 
+SPY = """
+import json, os, time
+
+started = time.time()
+time.sleep(1.5)
+with open({path!r}, "a") as file:
+    file.write(json.dumps([started, time.time(), os.environ["CUDA_VISIBLE_DEVICES"]]) + "\\n")
+os._exit(1)  # there is no GPU to go on with, and the next run shall be spied on as well
+"""
+
 
 def test_the_engine_says_that_ray_is_not_installed(monkeypatch):
     from zoology.engines import ray as engine
@@ -105,3 +115,73 @@ def test_a_sweep_on_a_cluster_survives_a_killed_worker(tmp_path, make_run, watch
     assert set(store.scan(out).finished) == {run.run_id for run in runs}
     lines = (out / runs[0].run_id / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+
+
+@pytest.fixture
+def cluster():
+    """A head with one CPU, on which nodes can be added and lost."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    small = {"object_store_memory": 80_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False} | small)
+    cluster.add_small_node = lambda **options: cluster.add_node(**options, **small)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_node_that_is_lost_costs_no_run(tmp_path, make_run, watcher, cluster):
+    from zoology.engines.ray import RayEngine
+
+    node = cluster.add_small_node(num_cpus=1)
+    setup = worker.Setup("cpu", 1, str(tmp_path), (), None, None)
+    engine = RayEngine([setup], address=cluster.address)
+    runs = plan.make_plan([make_run(lr=lr, epochs=6, num_examples=512) for lr in (1e-3, 2e-3, 3e-3)], "cpu")
+    attempts = []
+
+    def lose_it_once(run, epoch):
+        in_progress = [active for active in watcher.progress.active.values() if active.epoch is not None]
+        if len(in_progress) == 2 and cluster.worker_nodes:  # one of them is there
+            cluster.remove_node(node, allow_graceful=False)
+
+    watcher.started = lambda run, pid: attempts.append(run.run_id)
+    watcher.epoch = lose_it_once
+    try:
+        assert engine.slots == 2
+        outcome = run_sweep(runs, engine, tmp_path, watcher, total=3, retries=1)
+    finally:
+        engine.stop()
+    assert (outcome.exit, outcome.failures) == (Exit.DONE, {})
+    assert not cluster.worker_nodes
+    assert len(attempts) == 4  # that of the lost node twice
+    assert set(store.scan(tmp_path).finished) == {run.run_id for run in runs}
+    for run in runs:
+        lines = (tmp_path / run.run_id / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_runs_share_a_gpu_by_fractions(tmp_path, make_run, cluster):
+    """A GPU that Ray believes in is enough to see who gets it: two runs at once, the third after one of them."""
+    from zoology.engines.ray import RayEngine
+
+    cluster.add_small_node(num_cpus=4, num_gpus=1)
+    spy = tmp_path / "spy.py"
+    spy.write_text(SPY.format(path=str(tmp_path / "seen")))
+    setup = worker.Setup("cuda:0", 1, str(tmp_path), (), str(spy), None)
+    engine = RayEngine([setup], address=cluster.address, jobs=2)
+    runs = plan.make_plan([make_run(lr=lr) for lr in (1e-3, 2e-3, 3e-3)], "cpu")
+    try:
+        assert engine.slots == 2
+        for run in runs:
+            engine.start(run.run_id, run.point_id, run.config.model_dump_json(), 0.0)
+        events = []
+        while sum(isinstance(event, Finished) for event in events) < 3:
+            events += engine.poll(0.2)
+    finally:
+        engine.stop()
+    seen = sorted(json.loads(line) for line in (tmp_path / "seen").read_text().splitlines())
+    assert [gpus for _, _, gpus in seen] == ["0", "0", "0"]
+    (_, first_end, _), (second_start, second_end, _), (third_start, _, _) = seen
+    assert second_start < first_end
+    assert third_start >= min(first_end, second_end)

@@ -44,7 +44,11 @@ class RayEngine:
         resources = {"num_gpus": 1 / jobs, "num_cpus": 1} if self._on_gpu else {"num_cpus": 1}
         # Whether a lost run is tried again is for the driver to say: it counts attempts and writes them down.
         self._task = ray.remote(_execute).options(max_retries=0, **resources)
-        self._mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
+        # Where the driver is: no other node that is lost takes it along.
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        self._mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         self._refs: dict[Any, str] = {}
         self._deadlines: dict[str, float] = {}
 
@@ -136,6 +140,7 @@ class RayEngine:
 def _import_ray():
     try:
         import ray
+        import ray.util.scheduling_strategies
     except ImportError as error:
         raise PlanError("--engine ray: ray is not installed: pip install 'zoology[ray]'") from error
     return ray
