@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -74,7 +75,7 @@ class Effort(NamedTuple):
     """At most `repeats` timed runs of a point, no more once `seconds` are spent; `profile` adds the longest kernels.
 
     Without `compiled` the small operations of a decode step are not fused by torch.compile. Of several processes that
-    share the file `lock`, one measures at a time.
+    share the file `lock`, one measures at a time, while none gets ready.
     """
 
     repeats: int = 5
@@ -109,21 +110,21 @@ class Clock:
 
 
 @contextmanager
-def alone(lock: Path | None) -> Iterator[None]:
-    """Hold the file `lock`, so that of several processes that get ready side by side one measures at a time."""
+def locked(lock: Path | None, *, alone: bool) -> Iterator[None]:
+    """Hold the file `lock`: several processes may get ready side by side, and one measures while none does."""
     if lock is None:
         yield
         return
     import fcntl
 
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(lock, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
 
 
 def repeated(run: Callable[[], list[float]], effort: Effort) -> list[list[float]]:
     """Results of `run`, once at least, as often as the effort allows."""
-    with alone(effort.lock):
+    with locked(effort.lock, alone=True):
         started, found = time.perf_counter(), [run()]
         while len(found) < effort.repeats and time.perf_counter() - started < effort.seconds:
             found.append(run())
@@ -158,12 +159,15 @@ def longest_kernels(run: Callable[[], Any], device: torch.device, count: int = 1
 class Bench:
     """One model on its device, its counts, and the ceilings of the machine."""
 
-    def __init__(self, subject: Subject, device: torch.device, dtype: torch.dtype, ceilings: dict[str, float]):
-        self.subject, self.device, self.dtype, self.ceilings = subject, device, dtype, ceilings
-        self.model: LanguageModel = presets.build_config(subject.config, device=device, dtype=dtype)
+    def __init__(
+        self, subject: Subject, device: torch.device, dtype: torch.dtype, ceilings: dict[str, float], effort: Effort
+    ):
+        self.subject, self.device, self.dtype, self.ceilings, self.effort = subject, device, dtype, ceilings, effort
+        with locked(effort.lock, alone=False):
+            self.model: LanguageModel = presets.build_config(subject.config, device=device, dtype=dtype)
         self.work = ModelWork(subject.config)
 
-    def measure(self, point: Point, effort: Effort) -> dict[str, Any]:
+    def measure(self, point: Point) -> dict[str, Any]:
         """The record of a point: its times beside its bound, or that it does not fit."""
         record = {"kind": point.kind, "model": self.subject.name, "batch": point.batch, "length": point.length}
         record |= {"new_tokens": point.new_tokens, "dtype": _name(self.dtype), **self.subject.also}
@@ -172,17 +176,13 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with torch.no_grad():
-                measured = (self._generation if point.kind == "generation" else self._prefill)(point, effort)
+                measured = (self._generation if point.kind == "generation" else self._prefill)(point)
         except (DoesNotFit, torch.cuda.OutOfMemoryError) as error:
             measured = {"out_of_memory": _memory_error(error)}
         free_memory(self.device)
         return record | measured
 
-    def _generation(self, point: Point, effort: Effort) -> dict[str, Any]:
-        decoder = Decoder(
-            self.model, point.batch, point.length + point.new_tokens, compiled="auto" if effort.compiled else False
-        )
-        prompt = self._tokens(point.batch, point.length)
+    def _generation(self, point: Point) -> dict[str, Any]:
         sizes = [min(SEGMENT, point.new_tokens - done) for done in range(0, point.new_tokens, SEGMENT)]
 
         def first() -> Tensor:
@@ -197,8 +197,12 @@ class Bench:
                 clock.mark()
             return clock.intervals()
 
-        decoder.decode(first(), min(sizes[0], 8))
-        times = repeated(run, effort)
+        with locked(self.effort.lock, alone=False):
+            fused = "auto" if self.effort.compiled else False
+            decoder = Decoder(self.model, point.batch, point.length + point.new_tokens, compiled=fused)
+            prompt = self._tokens(point.batch, point.length)
+            decoder.decode(first(), min(sizes[0], 8))
+        times = repeated(run, self.effort)
         sizes_of_state, segments, done = element_sizes(decoder.state.layers), [], point.length
         for size, taken in zip(sizes, zip(*times)):
             moved = self.work.step(point.batch, done + (size + 1) // 2, self._weight_bytes(), sizes_of_state)
@@ -208,15 +212,11 @@ class Bench:
             done += size
         record = self._timed([sum(taken) for taken in times], point.batch * point.new_tokens)
         record["bound_ms"] = sum(part["tokens"] * part["bound"]["ms"] for part in segments)
-        kernels = {}
-        if effort.profile:
-            tokens = first()
-            kernels = {"longest_kernels": longest_kernels(lambda: decoder.decode(tokens, 8), self.device)}
-        return self._with_share(record) | {"segments": segments} | self._machine(decoder) | kernels
+        record = self._with_share(record) | {"segments": segments} | self._machine(decoder)
+        return record | self._profiled(lambda tokens: decoder.decode(tokens, 8), first)
 
-    def _prefill(self, point: Point, effort: Effort) -> dict[str, Any]:
-        decoder = Decoder(self.model, point.batch, point.length, graphs=False)
-        tokens, prefix_length = self._tokens(point.batch, point.length), self._prefix_length(point)
+    def _prefill(self, point: Point) -> dict[str, Any]:
+        prefix_length = self._prefix_length(point)
 
         def run() -> list[float]:
             decoder.reset()
@@ -226,16 +226,25 @@ class Bench:
             clock.mark()
             return clock.intervals()
 
-        run()
-        record = self._timed([taken for (taken,) in repeated(run, effort)], point.batch * point.length)
+        with locked(self.effort.lock, alone=False):
+            decoder = Decoder(self.model, point.batch, point.length, graphs=False)
+            tokens = self._tokens(point.batch, point.length)
+            run()
+        record = self._timed([taken for (taken,) in repeated(run, self.effort)], point.batch * point.length)
         moved = self.work.prefill(
             point.batch, point.length, self._weight_bytes(), element_sizes(decoder.state.layers), prefix_length
         )
         bound = self._bound(moved)
         record |= {"prefix_length": prefix_length, "bound_ms": bound["bound"]["ms"], **bound}
-        if effort.profile:
-            record["longest_kernels"] = longest_kernels(run, self.device)
-        return self._with_share(record) | self._machine(decoder)
+        return self._with_share(record) | self._machine(decoder) | self._profiled(lambda _: run())
+
+    def _profiled(self, run: Callable[[Any], Any], before: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+        """The longest kernels of `run`, if they are asked for; it is given what `before` returns."""
+        if not self.effort.profile:
+            return {}
+        with locked(self.effort.lock, alone=True):
+            given = before()
+            return {"longest_kernels": longest_kernels(lambda: run(given), self.device)}
 
     def _tokens(self, batch: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -307,8 +316,10 @@ def subjects(models: list[str], n_layers: int | None = None, vocab_size: int = T
     return found
 
 
-def trained(source: Path, scale: str) -> list[Subject]:
+def trained(source: Path, scale: str, only: str = "") -> list[Subject]:
     """Every model of a results directory, or of an experiment file at a scale; rates and seeds make no other model.
+
+    `only` names architectures, separated by commas.
 
     Generation is timed over the last eighth of the longest test, at the state that accuracy is drawn against.
     """
@@ -322,7 +333,11 @@ def trained(source: Path, scale: str) -> list[Subject]:
             _trained(record["architecture"], record["point_id"], ModelConfig(**record["config"]["model"]), length)
             for record, length in zip(records, lengths)
         ]
-    return [subject for _, subject in sorted({subject.name: subject for subject in found}.items())]
+    wanted = set(only.split(",")) if only else {subject.also["architecture"] for subject in found}
+    if absent := wanted - {subject.also["architecture"] for subject in found}:
+        raise ValueError(f"--only {only!r}: {source} has no {', '.join(sorted(absent))}")
+    chosen = {subject.name: subject for subject in found if subject.also["architecture"] in wanted}
+    return [subject for _, subject in sorted(chosen.items())]
 
 
 def _trained(architecture: str, point_id: str, config: ModelConfig, length: int) -> Subject:
@@ -332,16 +347,18 @@ def _trained(architecture: str, point_id: str, config: ModelConfig, length: int)
 
 
 def points(
-    subject: Subject, batches: list[int], prompt: int, new_tokens: int, lengths: list[int], prefill_batch: int
+    subject: Subject, batches: list[int], prompt: int, new_tokens: int, prompts: list[tuple[int, int]]
 ) -> Iterator[Point]:
-    """Generation at every batch, then prefill at every length."""
-    for batch in batches:
-        yield Point("generation", batch, subject.prompt or prompt, subject.new_tokens or new_tokens)
-    for length in lengths:
-        yield Point("prefill", prefill_batch, length)
+    """Generation at every batch size and prefill of every (batch size, length), in turns."""
+    generation = [
+        Point("generation", batch, subject.prompt or prompt, subject.new_tokens or new_tokens) for batch in batches
+    ]
+    prefill = [Point("prefill", batch, length) for batch, length in prompts]
+    for pair in zip_longest(generation, prefill):
+        yield from filter(None, pair)
 
 
-def kernel_records(length: int, ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
+def kernel_records(length: int, ceilings: dict[str, float], lock: Path | None) -> Iterator[dict[str, Any]]:
     """One layer of batch 16 at `length` tokens, as in the kernel table of "Just read twice" (arXiv:2407.05483).
 
     The cases are those of `kernels.benchmark`, parity checks included. JRT-Prompt is Based on twice the tokens; JRT-RNN
@@ -359,8 +376,12 @@ def kernel_records(length: int, ceilings: dict[str, float]) -> Iterator[dict[str
         ("JRT-RNN", benchmark.prefix_cases([length]), {"M": length}),
         ("FlashAttention-2", benchmark.taylor_cases([length]), {"implementation": flash}),
     ):
-        case = next(c for c in cases if c.direction == "forward" and wanted.items() <= _told(c).items())
-        yield {"kind": "kernel", "model": system, "length": length, **benchmark.measure(case, limits)}
+        with locked(lock, alone=False):
+            case = next(c for c in cases if c.direction == "forward" and wanted.items() <= _told(c).items())
+            case.check()
+        with locked(lock, alone=True):
+            measured = benchmark.measure(case, limits)
+        yield {"kind": "kernel", "model": system, "length": length, **measured}
 
 
 def _told(case: Any) -> dict[str, Any]:
@@ -417,10 +438,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def command(
     models: Annotated[str, typer.Option(help="presets or NAME[:OPTION=VALUE][+NAME...]@WIDTH, by commas")] = MODELS,
     batch: Annotated[str, typer.Option(help="batch sizes of generation; empty: none")] = "1,8,32,128,512,1024",
-    length: Annotated[str, typer.Option(help="lengths of prefill; empty: none")] = "2048,4096,8192,16384,32768",
+    length: Annotated[
+        str, typer.Option(help="lengths of prefill, LENGTH or BATCHxLENGTH; empty: none")
+    ] = "4096,2048,8192,16384,32768",
     prompt: Annotated[int, typer.Option(min=1, help="tokens before generation")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 1024,
-    prefill_batch: Annotated[int, typer.Option(min=1, help="batch size of prefill")] = 1,
     n_layers: Annotated[int, typer.Option(min=0, help="cut models to so many layers; 0: do not")] = 0,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32; default: bf16 on a GPU")] = "",
     device: Annotated[str, typer.Option(help="default: the GPU if there is one")] = "",
@@ -436,6 +458,7 @@ def command(
         Path | None, typer.Option("--results", help="time the models of these results, or of an experiment file")
     ] = None,
     scale: Annotated[str, typer.Option(help="of that experiment file")] = "paper",
+    only: Annotated[str, typer.Option(help="of these architectures only, by commas")] = "",
     kernels: Annotated[int, typer.Option(min=0, help="time one layer at this length")] = 0,
     out: Annotated[Path | None, typer.Option(help="raw records, JSON; measures what is missing there")] = None,
     draw_from: Annotated[
@@ -454,13 +477,12 @@ def command(
         else:
             for path in architectures_file or ():
                 architectures.load_file(path)
-            asked = trained(results_of, scale) if results_of else subjects(models.split(","), n_layers or None)
+            asked = trained(results_of, scale, only) if results_of else subjects(models.split(","), n_layers or None)
             effort = Effort(repeats, seconds, profile, compiled, lock)
             document = _measure(
                 [] if kernels else asked, where, DTYPES[chosen], effort, out, kernels,
                 lambda subject: points(
-                    subject, _numbers("--batch", batch), prompt, new_tokens,
-                    [] if results_of else _numbers("--length", length), prefill_batch,
+                    subject, _numbers("--batch", batch), prompt, new_tokens, [] if results_of else _prompts(length)
                 ),
             )  # fmt: skip
     except (ValueError, OSError) as error:
@@ -483,28 +505,37 @@ def _measure(
     found["versions"] |= {name: version for name, version in machine(device)["versions"].items() if version}
     if device.type == "cuda":
         found["device"]["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
-    with alone(effort.lock):
+    with locked(effort.lock, alone=True):
         found |= {"ceilings": measure_ceilings(device), "records": []}
     records = Records(found, out, lambda text: print(text, flush=True))
     if kernels:
-        for record in kernel_records(kernels, found["ceilings"]):
+        for record in kernel_records(kernels, found["ceilings"], effort.lock):
             records.add(record)
     for subject, wanted in planned:
         missing = [point for point in wanted if not records.holds(subject, point)]
         if not missing:
             continue
-        bench = Bench(subject, device, dtype, found["ceilings"])
+        bench = Bench(subject, device, dtype, found["ceilings"], effort)
         for point in missing:
-            records.add(bench.measure(point, effort))
+            records.add(bench.measure(point))
         del bench
         free_memory(device)
     return records.document
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    if not all(part.isdigit() and int(part) > 0 for part in text.split(",")) and text:
+    parts = [part for part in text.split(",") if part]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"{option} {text!r}: must be whole numbers above 0, separated by commas")
-    return [int(part) for part in text.split(",") if part]
+    return [int(part) for part in parts]
+
+
+def _prompts(text: str) -> list[tuple[int, int]]:
+    """`4096,16x32768`: one prompt of 4,096 tokens, and 16 of 32,768."""
+    pairs = [part.rpartition("x") for part in text.split(",") if part]
+    if not all((b or "1").isdigit() and (b or "1") != "0" and n.isdigit() and int(n) > 0 for b, _, n in pairs):
+        raise ValueError(f"--length {text!r}: must be LENGTH or BATCHxLENGTH, whole numbers above 0, by commas")
+    return [(int(batch or 1), int(length)) for batch, _, length in pairs]
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The throughput command on tiny models, and its figures and tables from made-up records."""
 
 import json
+import threading
 from pathlib import Path
 
 import nbformat
@@ -27,7 +28,7 @@ def timed(tmp_path_factory):
     """Records of two tiny models, and the file they are in."""
     path = tmp_path_factory.mktemp("throughput") / "records.json"
     tiny = ["--device", "cpu", "--repeats", 2, "--prompt", 8, "--new-tokens", 130, "--models", ",".join(MODELS)]
-    run(*tiny, "--batch", f"2,{HUGE}", "--length", "16,32", "--out", path)
+    run(*tiny, "--batch", f"2,{HUGE}", "--length", "16,2x32", "--out", path)
     return json.loads(path.read_text()), path, tiny
 
 
@@ -73,6 +74,30 @@ def test_the_bound_is_made_of_the_tensors_that_move(timed):
     assert found["ms"]["median"] == pytest.approx(sum(p["tokens"] * p["ms_per_token"] for p in found["segments"]))
     assert found["state_bytes"] == 2 * model.state_bytes(8 + 130)
     assert found["backends"] == {"base_conv": ["reference"], "attention": ["sdpa"]}
+
+
+def test_points_are_measured_in_turns(timed):
+    document, _, _ = timed
+    found = [(r["model"], r["kind"], r["batch"], r["length"]) for r in document["records"]]
+    in_turns = [("generation", 2, 8), ("prefill", 1, 16), ("generation", HUGE, 8), ("prefill", 2, 32)]
+    assert found == [(model, *point) for model in MODELS for point in in_turns]
+
+
+def test_one_measures_while_none_gets_ready(tmp_path):
+    """Two that get ready hold the lock together; who measures waits for both, and they wait for it."""
+    lock, done = tmp_path / "lock", []
+
+    def measure():
+        with throughput.locked(lock, alone=True):
+            done.append("measured")
+
+    with throughput.locked(lock, alone=False), throughput.locked(lock, alone=False):
+        thread = threading.Thread(target=measure)
+        thread.start()
+        thread.join(0.2)
+        done.append("ready")
+    thread.join(10)
+    assert done == ["ready", "measured"]
 
 
 def test_what_cannot_fit_is_recorded_with_its_bytes(timed):
@@ -130,7 +155,9 @@ def test_a_fixed_state_decodes_in_the_same_time_everywhere(tmp_path):
     [
         (["--models", "based"], "unknown preset 'based': .*Known presets are attention-360m, "),
         (["--batch", "1,-2"], "--batch '1,-2': must be whole numbers above 0, separated by commas"),
-        (["--length", "many"], "--length 'many': must be whole numbers above 0"),
+        (["--length", "many"], "--length 'many': must be LENGTH or BATCHxLENGTH, whole numbers above 0, by commas"),
+        (["--length", "0x16"], "--length '0x16': must be LENGTH or BATCHxLENGTH"),
+        (["--results", EXPERIMENTS / "mqar_sweep.py", "--scale", "smoke", "--only", "elephant"], "has no elephant"),
         (["--dtype", "int8"], "--dtype 'int8': must be one of bf16, fp32"),
         (["--results", "nowhere"], "nowhere"),
         (["--kernels", "64"], "--kernels: needs a CUDA device and Triton"),
