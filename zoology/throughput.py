@@ -74,7 +74,7 @@ class Point(NamedTuple):
 class Effort(NamedTuple):
     """At most `repeats` timed runs of a point, no more once `seconds` are spent; `profile` adds the longest kernels.
 
-    Without `compiled` the small operations of a decode step are not fused by torch.compile. Of several processes that
+    Without `compiled` small operations are not fused by torch.compile. Of several processes that
     share the file `lock`, one measures at a time, while none gets ready.
     """
 
@@ -227,7 +227,8 @@ class Bench:
             return clock.intervals()
 
         with locked(self.effort.lock, alone=False):
-            decoder = Decoder(self.model, point.batch, point.length, graphs=False)
+            fused = self.effort.compiled and self.device.type == "cuda"
+            decoder = Decoder(self.model, point.batch, point.length, graphs=False, compiled=fused)
             tokens = self._tokens(point.batch, point.length)
             run()
         record = self._timed([taken for (taken,) in repeated(run, self.effort)], point.batch * point.length)
@@ -449,7 +450,7 @@ def command(
     repeats: Annotated[int, typer.Option(min=1, help="timed runs of a point, at most")] = 5,
     seconds: Annotated[float, typer.Option(min=0, help="no further run once a point has taken so long")] = 5.0,
     profile: Annotated[bool, typer.Option(help="add the longest kernels to every record")] = False,
-    compiled: Annotated[bool, typer.Option(help="fuse the small operations of a decode step")] = True,
+    compiled: Annotated[bool, typer.Option(help="fuse small operations by torch.compile")] = True,
     lock: Annotated[Path | None, typer.Option(help="file that several benchmarks of one machine share")] = None,
     architectures_file: Annotated[
         list[Path] | None, typer.Option("--architectures", help="file of your own architectures (again to add)")
