@@ -72,10 +72,11 @@ class Point(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """At most `repeats` timed runs of a point, no more once `seconds` are spent; `profile` adds the longest kernels.
+    """At most `repeats` timed runs of a point, no more once `seconds` are spent.
 
-    Without `compiled` small operations are not fused by torch.compile. Of several processes that
-    share the file `lock`, one measures at a time, while none gets ready.
+    With `profile` the first point of each kind and model has its longest kernels. Without `compiled` small operations
+    are not fused by torch.compile. Of several processes that share the file `lock`, one measures at a time, while none
+    gets ready.
     """
 
     repeats: int = 5
@@ -157,7 +158,7 @@ def longest_kernels(run: Callable[[], Any], device: torch.device, count: int = 1
 
 
 class Bench:
-    """One model on its device, its counts, and the ceilings of the machine."""
+    """One model on its device, and its counts. `ceilings` of the machine are measured when they are first needed."""
 
     def __init__(
         self, subject: Subject, device: torch.device, dtype: torch.dtype, ceilings: dict[str, float], effort: Effort
@@ -165,6 +166,7 @@ class Bench:
         self.subject, self.device, self.dtype, self.ceilings, self.effort = subject, device, dtype, ceilings, effort
         with locked(effort.lock, alone=False):
             self.model: LanguageModel = presets.build_config(subject.config, device=device, dtype=dtype)
+        self.profiled: set[str] = set()
         self.work = ModelWork(subject.config)
 
     def measure(self, point: Point) -> dict[str, Any]:
@@ -213,7 +215,7 @@ class Bench:
         record = self._timed([sum(taken) for taken in times], point.batch * point.new_tokens)
         record["bound_ms"] = sum(part["tokens"] * part["bound"]["ms"] for part in segments)
         record = self._with_share(record) | {"segments": segments} | self._machine(decoder)
-        return record | self._profiled(lambda tokens: decoder.decode(tokens, 8), first)
+        return record | self._profiled(point.kind, lambda tokens: decoder.decode(tokens, 8), first)
 
     def _prefill(self, point: Point) -> dict[str, Any]:
         prefix_length = self._prefix_length(point)
@@ -237,12 +239,15 @@ class Bench:
         )
         bound = self._bound(moved)
         record |= {"prefix_length": prefix_length, "bound_ms": bound["bound"]["ms"], **bound}
-        return self._with_share(record) | self._machine(decoder) | self._profiled(lambda _: run())
+        return self._with_share(record) | self._machine(decoder) | self._profiled(point.kind, lambda _: run())
 
-    def _profiled(self, run: Callable[[Any], Any], before: Callable[[], Any] = lambda: None) -> dict[str, Any]:
-        """The longest kernels of `run`, if they are asked for; it is given what `before` returns."""
-        if not self.effort.profile:
+    def _profiled(
+        self, kind: str, run: Callable[[Any], Any], before: Callable[[], Any] = lambda: None
+    ) -> dict[str, Any]:
+        """The longest kernels of `run`, which is given what `before` returns, if they are asked for."""
+        if not self.effort.profile or kind in self.profiled:
             return {}
+        self.profiled.add(kind)
         with locked(self.effort.lock, alone=True):
             given = before()
             return {"longest_kernels": longest_kernels(lambda: run(given), self.device)}
@@ -260,6 +265,9 @@ class Bench:
         return self.model.embedding.weight.element_size()
 
     def _bound(self, moved: Moved) -> dict[str, Any]:
+        if not self.ceilings:
+            with locked(self.effort.lock, alone=True):
+                self.ceilings.update(measure_ceilings(self.device))
         return {"moved": moved._asdict(), "bound": moved.milliseconds(self.ceilings, _name(self.dtype))}
 
     def _timed(self, times: list[float], tokens: int) -> dict[str, Any]:
@@ -369,7 +377,6 @@ def kernel_records(length: int, ceilings: dict[str, float], lock: Path | None) -
 
     if not torch.cuda.is_available() or not benchmark.installed("triton"):
         raise ValueError("--kernels: needs a CUDA device and Triton")
-    limits = {"copy_tb_per_s": ceilings["copy"] / 1e12, "bf16_tflop_per_s": ceilings["bf16"] / 1e12}
     flash = "softmax, flash-attn" if benchmark.installed("flash_attn") else "softmax, SDPA flash"
     for system, cases, wanted in (
         ("Based", benchmark.taylor_cases([length]), {"implementation": "ours"}),
@@ -381,6 +388,9 @@ def kernel_records(length: int, ceilings: dict[str, float], lock: Path | None) -
             case = next(c for c in cases if c.direction == "forward" and wanted.items() <= _told(c).items())
             case.check()
         with locked(lock, alone=True):
+            if not ceilings:
+                ceilings.update(measure_ceilings(torch.device("cuda")))
+            limits = {"copy_tb_per_s": ceilings["copy"] / 1e12, "bf16_tflop_per_s": ceilings["bf16"] / 1e12}
             measured = benchmark.measure(case, limits)
         yield {"kind": "kernel", "model": system, "length": length, **measured}
 
@@ -449,7 +459,7 @@ def command(
     device: Annotated[str, typer.Option(help="default: the GPU if there is one")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="timed runs of a point, at most")] = 5,
     seconds: Annotated[float, typer.Option(min=0, help="no further run once a point has taken so long")] = 5.0,
-    profile: Annotated[bool, typer.Option(help="add the longest kernels to every record")] = False,
+    profile: Annotated[bool, typer.Option(help="add the longest kernels of the first points")] = False,
     compiled: Annotated[bool, typer.Option(help="fuse small operations by torch.compile")] = True,
     lock: Annotated[Path | None, typer.Option(help="file that several benchmarks of one machine share")] = None,
     architectures_file: Annotated[
@@ -506,8 +516,7 @@ def _measure(
     found["versions"] |= {name: version for name, version in machine(device)["versions"].items() if version}
     if device.type == "cuda":
         found["device"]["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
-    with locked(effort.lock, alone=True):
-        found |= {"ceilings": measure_ceilings(device), "records": []}
+    found |= {"ceilings": {}, "records": []}
     records = Records(found, out, lambda text: print(text, flush=True))
     if kernels:
         for record in kernel_records(kernels, found["ceilings"], effort.lock):
