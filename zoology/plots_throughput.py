@@ -543,8 +543,8 @@ def _machine(document: dict[str, Any]) -> str:
     return f"{document['device']['name']}, torch {document['versions']['torch']}, {_dtype(document) or 'bf16'}"
 
 
-def figures(document: dict[str, Any]) -> dict[str, Any]:
-    """The figures that the records have data for, by file name."""
+def figures(document: dict[str, Any], frame: pd.DataFrame | None = None) -> dict[str, Any]:
+    """The figures that the records have data for, by file name; with a results frame, its models' recall and speed."""
     named = [record for record in document["records"] if "point_id" not in record]
     timed = {key: [r for r in named if r["kind"] == key and "ms" in r] for key in ("generation", "prefill")}
     of_models = document | {"records": named}
@@ -558,15 +558,12 @@ def figures(document: dict[str, Any]) -> dict[str, Any]:
         found["prefill"] = prefill(of_models, min(record["batch"] for record in timed["prefill"]))
     if {"based-1.3b", "attention-1.3b"} <= {record["model"] for record in timed["generation"]}:
         found["ratio"] = ratio(of_models)
+    if frame is not None:
+        found["recall_and_speed"] = recall_and_speed(frame, document)
     return found
 
 
-def save_all(document: dict[str, Any], directory: Path) -> list[Path]:
+def save_all(document: dict[str, Any], directory: Path, frame: pd.DataFrame | None = None) -> list[Path]:
     """Write every figure that the records have data for."""
-    return [path for stem, drawn in figures(document).items() for path in plot.save_figure(drawn, directory, stem)]
-
-
-def save_recall(names: Sequence[Path], directory: Path) -> list[Path]:
-    """Write recall_and_speed for a results directory and the records of its models."""
-    results_of, *records = names
-    return plot.save_figure(recall_and_speed(results.load(results_of), load(*records)), directory, "recall_and_speed")
+    drawn = figures(document, frame)
+    return [path for stem, figure in drawn.items() for path in plot.save_figure(figure, directory, stem)]

@@ -3,7 +3,7 @@
     python -m zoology.throughput [--models based-1.3b,...] [--batch 1,128] [--length 4096] [--out FILE.json]
     python -m zoology.throughput --results DIR --batch 4096 --out FILE.json     # the models of a results directory
     python -m zoology.throughput --kernels 32768 --out FILE.json                # one layer, as in the table of JRT
-    python -m zoology.throughput --draw FILE.json [--draw OTHER.json ...] [--plot DIR]
+    python -m zoology.throughput --draw FILE.json [--draw OTHER.json ...] [--results DIR] [--plot DIR]
 
 A model is a preset, or NAME[:OPTION=VALUE][+NAME...]@WIDTH as in `zoology.benchmark`; weights are random, as are the
 tokens. Generation is timed on a prompt's state: `new_tokens` greedy tokens of every sequence, in segments, so that the
@@ -503,8 +503,9 @@ def command(
     if plot is not None:
         from zoology import plots_throughput
 
+        frame = results.comparable(results.load(results_of)) if results_of is not None and results_of.is_dir() else None
         plot.mkdir(parents=True, exist_ok=True)
-        print("\n".join(map(str, plots_throughput.save_all(document, plot))))
+        print("\n".join(map(str, plots_throughput.save_all(document, plot, frame))))
 
 
 def _measure(

@@ -220,6 +220,12 @@ def test_recall_and_speed_stand_at_the_same_models(recalled):
     assert areas[float(states[fastest])] == max(areas.values()) == 160
 
 
+def test_recall_and_speed_are_drawn_from_the_command_line(recalled, results_directory, tmp_path):
+    (tmp_path / "records.json").write_text(json.dumps(recalled[1]))
+    run("--draw", tmp_path / "records.json", "--results", results_directory, "--plot", tmp_path)
+    assert {file.name for file in tmp_path.glob("*.png")} == {"recall_and_speed.png"}
+
+
 def test_results_that_were_not_timed_are_refused(recalled, timed):
     frame, _ = recalled
     with pytest.raises(ValueError, match=r"none of these results was timed: must be records of `zoology\.throughput"):
