@@ -1,6 +1,7 @@
 """Who runs where and when: memory on simulated GPUs, and a paper's sweep on four of them by a simulated clock."""
 
 import math
+import time
 from itertools import groupby
 
 import pytest
@@ -227,8 +228,8 @@ class SimulatedEngine:
         pass
 
 
-def simulate(make_run, watcher, directory, seconds, rates=4, **machine):
-    """Models that train for these seconds at each rate, the longest first as their cost says."""
+def simulate(make_run, watcher, directory, seconds, rates=4, stop_after=math.inf, **machine):
+    """Models that train for these seconds at each rate, the longest first as their cost says; ended after some runs."""
     config, runs = make_run(), []
     for index, time in enumerate(seconds):
         size = plan.Size(1, round(1000 * time), {16: 0, 24: 0}, {16: 0, 24: 0})
@@ -237,8 +238,13 @@ def simulate(make_run, watcher, directory, seconds, rates=4, **machine):
             for rate in range(rates)
         ]
     engine = SimulatedEngine({f"{index:012x}": time for index, time in enumerate(seconds)}, **machine)
-    outcome = run_sweep(runs, engine, directory, watcher, total=len(runs))
-    assert (outcome.exit, len(outcome.failures)) == (Exit.FAILURES, len(runs))
+
+    def stop():
+        return Exit.INTERRUPTED if watcher.progress.done >= stop_after else None
+
+    outcome = run_sweep(runs, engine, directory, watcher, total=len(runs), stop=stop)
+    how = Exit.FAILURES if stop_after == math.inf else Exit.INTERRUPTED
+    assert (outcome.exit, len(outcome.failures)) == (how, min(len(runs), stop_after))
     return engine
 
 
@@ -275,3 +281,10 @@ def test_a_worker_that_compiled_a_model_gets_its_other_rates(tmp_path, make_run,
 
 def by_point(entries):
     return groupby(sorted(entries, key=lambda entry: entry[2]), key=lambda entry: entry[2])
+
+
+def test_ten_thousand_runs_that_wait_cost_the_driver_milliseconds(tmp_path, make_run, watcher):
+    watcher.tick = lambda: None
+    before = time.process_time()
+    simulate(make_run, watcher, tmp_path, [10.0] * 2500, gpus=4, jobs=4, cold=60.0, warm=15.0, stop_after=200)
+    assert (time.process_time() - before) / 200 < 0.025
