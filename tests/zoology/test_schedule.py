@@ -1,6 +1,7 @@
 """Who runs where and when: memory on simulated GPUs, and a paper's sweep on four of them by a simulated clock."""
 
 import math
+import os
 import time
 from itertools import groupby
 
@@ -228,16 +229,21 @@ class SimulatedEngine:
         pass
 
 
+@pytest.fixture(autouse=True)
+def _disk_that_never_waits(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 def simulate(make_run, watcher, directory, seconds, rates=4, stop_after=math.inf, **machine):
     """Models that train for these seconds at each rate, the longest first as their cost says; ended after some runs."""
     config, runs = make_run(), []
-    for index, time in enumerate(seconds):
-        size = plan.Size(1, round(1000 * time), {16: 0, 24: 0}, {16: 0, 24: 0})
+    for index, needed in enumerate(seconds):
+        size = plan.Size(1, round(1000 * needed), {16: 0, 24: 0}, {16: 0, 24: 0})
         runs += [
             plan.PlannedRun(f"{index:06x}{rate:06x}", f"{index:012x}", config, f"model {index}", size)
             for rate in range(rates)
         ]
-    engine = SimulatedEngine({f"{index:012x}": time for index, time in enumerate(seconds)}, **machine)
+    engine = SimulatedEngine({f"{index:012x}": needed for index, needed in enumerate(seconds)}, **machine)
 
     def stop():
         return Exit.INTERRUPTED if watcher.progress.done >= stop_after else None
