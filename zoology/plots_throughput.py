@@ -134,7 +134,7 @@ def crossings(document: dict[str, Any], fast: str, slow: str, ratio: float = CLA
         row = {"batch": batch, "prompt": length}
         row["measured"] = by_model.loc[slow, "ms"] / by_model.loc[fast, "ms"]
         row["by_bound"] = by_model.loc[slow, "bound_ms"] / by_model.loc[fast, "bound_ms"]
-        part = parts[(parts["batch"] == batch) & (parts["length"] == length)]
+        part = parts[parts["batch"] == batch]
         for column, name in (("ms_per_token", "from_position"), ("bound_ms", "from_position_by_bound")):
             quick, late = (StepTime(part[part["model"] == model], column) for model in (fast, slow))
             row[name] = (ratio * quick.start - late.start) / late.slope if late.slope > 0 else np.inf
@@ -336,24 +336,28 @@ def prefill(document: dict[str, Any], batch: int = 1):
 def ratio(document: dict[str, Any], fast: str = "based-1.3b", slow: str = "attention-1.3b"):
     """Draw how many times faster one model's decode step is than another's, by position, a line per batch size.
 
-    Solid where it was measured, dotted on the line through the measured times, up to where the slower model's state and
-    weights fill the memory of the device (a dot). The horizontal line is the published ratio. Returns the figure.
+    Solid where it was measured (after a longer prompt: diamonds), dotted on the line through the measured times, up to
+    where the slower model's state and weights fill the memory of the device (a dot). The horizontal line is the
+    published ratio. Returns the figure.
     """
     from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure
 
     parts = segments(document)
     parts = parts[parts["model"].isin([fast, slow])]
-    prompts = parts.groupby("batch")["length"].min()
     both = [batch for batch, group in parts.groupby("batch") if group["model"].nunique() == 2]
     shades = colormaps["viridis"](np.linspace(0.0, 0.85, max(len(both), 2)))
     with rc_context(plot.RC):
         figure = Figure(figsize=(6.4, 3.9), layout="constrained")
         axis = figure.subplots()
         for batch, shade in zip(both, shades):
-            mine = parts[(parts["batch"] == batch) & (parts["length"] == prompts[batch])]
+            mine = parts[parts["batch"] == batch]
             quick, late = (StepTime(mine[mine["model"] == model], "ms_per_token") for model in (fast, slow))
-            wide = mine.pivot_table(index="position", columns="model", values="ms_per_token")
+            wide = mine.pivot_table(index=["length", "position"], columns="model", values="ms_per_token").dropna()
+            for prompt in wide.index.unique("length")[1:]:
+                far = wide.loc[prompt]
+                axis.plot(far.index, far[slow] / far[fast], "D", color=shade, mec="white", mew=0.6, ms=6, zorder=4)
+            wide = wide.loc[wide.index.unique("length")[0]]
             axis.plot(wide.index, wide[slow] / wide[fast], color=shade, lw=2.2, label=f"batch {batch}", zorder=3)
             last = document["device"].get("memory_bytes", np.inf) - mine["weight_bytes"].max()
             last = last / late.bytes_per_token if late.bytes_per_token > 0 else np.inf
@@ -373,6 +377,8 @@ def ratio(document: dict[str, Any], fast: str = "based-1.3b", slow: str = "atten
         axis.xaxis.set_major_formatter("{x:,.0f}")
         _plain_ticks(axis.yaxis)
         _tidy(axis, y=True)
+        if len(set(parts["length"])) > 1:
+            axis.plot([], [], "D", color="0.4", mec="white", ms=6, label="measured after\na long prompt")
         axis.plot([], [], "o", color="0.4", ms=5, label="the memory is full")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=1.8)
         figure.suptitle(_machine(document), fontsize=8, color="0.35")

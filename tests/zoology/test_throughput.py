@@ -367,6 +367,17 @@ def test_the_ratio_figure_ends_where_the_memory_does(document):
     assert all(y == pytest.approx((1 + full / 1e4) / 2) for _, y in ends)
 
 
+def test_a_long_prompt_is_a_point_of_its_own(document):
+    far = [made_up(name, 128, prompt=3000, new_tokens=128) for name in NAMES]
+    longer = document | {"records": document["records"] + far}
+    (axis,) = plots_throughput.ratio(longer).axes
+    (point,) = [line.get_xydata() for line in axis.lines if line.get_marker() == "D" and len(line.get_xdata())]
+    assert point.tolist() == [[3064, pytest.approx((1 + 128 * 3064 / 1e4) / 2)]]
+    table = plots_throughput.crossings(longer, NAMES[1], NAMES[0]).set_index(["batch", "prompt"])
+    assert table.loc[(128, 3000), "measured"] == pytest.approx((1 + 128 * 3064 / 1e4) / 2)
+    assert table.loc[(128, 3000), "from_position"] == pytest.approx(47e4 / 128)
+
+
 def test_the_prefill_figure_is_a_line_for_each_model(document):
     speed, share = plots_throughput.prefill(document).axes
     assert curve(speed, "o") == pytest.approx({2048: 200 - 2.048, 4096: 200 - 4.096})
