@@ -65,8 +65,23 @@ class Trouble(SequenceMixer):
 '''
 
 EXPERIMENT = """
+import os, signal
 from zoology.config import DataConfig, ModelConfig, RunConfig, Slice, TrainConfig, layer
 from zoology.tasks import MQAR
+
+left = int(os.environ.get("KILLED_WRITING_RESULT", "0"))
+replace = os.replace
+
+
+def replace_or_die(source, target):
+    global left
+    left -= os.path.basename(target) == "result.json"
+    if left == 0 and os.path.basename(target) == "result.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+
+os.replace = replace_or_die
 
 
 def sweep(scale):
@@ -243,7 +258,7 @@ def test_a_killed_worker_costs_its_epochs_since_the_checkpoint_only(tmp_path, ma
 # -- the command, killed and interrupted -------------------------------------------------------------------------
 
 
-def start(tmp_path):
+def start(tmp_path, **environment):
     """The command in a process group of its own, as a terminal has it."""
     path = tmp_path / "experiment.py"
     path.write_text(EXPERIMENT)
@@ -254,6 +269,7 @@ def start(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        env=os.environ | environment,
         cwd=os.path.dirname(os.path.dirname(zoology.__file__)),
     )
 
@@ -277,14 +293,16 @@ def group_is_gone(group):
     return False
 
 
-def test_a_sweep_survives_sigkill_of_its_driver_and_ctrl_c(tmp_path):
-    killed = start(tmp_path)
-    wait_for(lambda: len(finished(tmp_path)) >= 1)
-    killed.kill()
-    killed.communicate()
+def test_a_sweep_survives_sigkill_of_its_driver_in_the_middle_of_a_result_and_ctrl_c(tmp_path):
+    killed = start(tmp_path, KILLED_WRITING_RESULT="2")
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
     wait_for(lambda: group_is_gone(killed.pid))  # its workers end with it
     first = finished(tmp_path)
-    assert 1 <= len(first) < 6
+    assert len(first) == 1
+    (half,) = (tmp_path / "out").glob("*/.result.json.*.tmp")
+    assert half.parent.name not in first
+    assert (half.parent / "checkpoint.pt").exists()  # its last epoch is not lost
 
     interrupted = start(tmp_path)
     wait_for(lambda: len(finished(tmp_path)) > len(first))
@@ -309,4 +327,5 @@ def test_a_sweep_survives_sigkill_of_its_driver_and_ctrl_c(tmp_path):
     found = store.scan(tmp_path / "out")
     assert (len(found.finished), found.failed, found.broken) == (6, {}, {})
     assert not list((tmp_path / "out").glob("*/checkpoint.pt"))
+    assert not list((tmp_path / "out").glob("*/.*.tmp"))
     assert (tmp_path / "out" / "tradeoff.png").stat().st_size > 10_000
