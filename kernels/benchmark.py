@@ -9,8 +9,9 @@ inputs and outputs (softmax attention) are checked against that function and mar
 
 The limit of a row is the larger of two times: the bytes that must move (inputs read once, outputs written once)
 over the bandwidth of a large device copy, and the operations that must be done over the rate of a large bf16
-matrix product, both measured in the same run. Times are milliseconds, median and 20th and 80th percentile, with
-the L2 cache cleared between repetitions.
+matrix product, both measured in the same run. Times are milliseconds, median and 20th and 80th percentile, of replays
+of a CUDA graph, with the L2 cache cleared between them; a graph of decode steps holds one step for each of several
+states, so that none finds its state in the cache, and starting the graph is not counted as part of a step.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import prefix_linear_attention, taylor_linear_attention, taylor_linear_attention_step
+from kernels import prefix_linear_attention, selective_scan, taylor_linear_attention, taylor_linear_attention_step
 from kernels.taylor_linear_attention import TaylorState, num_taylor_features
 from kernels.taylor_linear_attention.reference import taylor_state_reference
 
@@ -49,7 +50,8 @@ class Case(NamedTuple):
     num_ops: int
     run: Callable[[], object]
     check: Callable[[], float]
-    captured: bool = False  # timed as replays of a CUDA graph: calls so short that Python would be timed instead
+    captured: bool = False  # timed as replays of a CUDA graph, so that Python and launches are not timed instead
+    calls: int = 1  # of the operation in one `run`
 
 
 def installed(name: str) -> bool:
@@ -166,15 +168,72 @@ def taylor_cases(lengths: list[int]) -> Iterator[Case]:
                     torch.autograd.grad(output[0], inputs, output[1], retain_graph=True)
 
                 what = ("taylor_linear_attention", name)
-                yield Case(*what, "forward", shape, dtype, rows * num_bytes, rows * ops_forward, forward, check)
+                yield Case(*what, "forward", shape, dtype, rows * num_bytes, rows * ops_forward, forward, check, True)
                 if longest is None or length <= longest:
                     yield Case(
-                        *what, "backward", shape, dtype, 2 * rows * num_bytes, rows * ops_backward, backward, check
+                        *what,
+                        "backward",
+                        shape,
+                        dtype,
+                        2 * rows * num_bytes,
+                        rows * ops_backward,
+                        backward,
+                        check,
+                        True,
                     )
+        if batch > 1 and installed("mamba_ssm"):
+            yield from scan_cases(batch, length, h * v_dim, 16)
+
+
+def scan_truth(x, dt, a, b, c):
+    return selective_scan(x, torch.nn.functional.softplus(dt), -a.exp(), b, c)[0]
+
+
+def mamba_scan(x, dt, a, b, c):
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    x, dt, b, c = (part.transpose(1, 2) for part in (x, dt, b, c))
+    return selective_scan_fn(x, dt, -a.exp(), b, c, delta_softplus=True).transpose(1, 2)
+
+
+def scan_cases(batch: int, length: int, width: int, d_state: int) -> Iterator[Case]:
+    """The selective scan of Mamba with as many channels as there are values in all heads."""
+
+    def inputs(batch, length):
+        rows, dtype = (batch, length), torch.bfloat16
+        a = torch.arange(1, d_state + 1, device="cuda", dtype=torch.float32).log().repeat(width, 1)
+        x, dt = (draw(*rows, width, dtype=dtype) for _ in range(2))
+        b, c = (draw(*rows, d_state, dtype=dtype) for _ in range(2))
+        return [x, dt - 4, a, b, c]
+
+    small, large = inputs(2, 256), [x.requires_grad_() for x in inputs(batch, length)]
+    output = []
+
+    def check():
+        return worst_error(mamba_scan, scan_truth, small)
+
+    def forward():
+        with torch.no_grad():
+            mamba_scan(*large)
+
+    def backward():
+        if not output:
+            output.append(mamba_scan(*large))
+            output.append(torch.randn_like(output[0]))
+        torch.autograd.grad(output[0], large, output[1], retain_graph=True)
+
+    what = ("taylor_linear_attention", "selective scan, mamba-ssm")
+    shape = {"B": batch, "T": length, "D": width, "N": d_state}
+    num_bytes, ops = batch * length * 2 * (3 * width + 2 * d_state), batch * length * width * d_state
+    yield Case(*what, "forward", shape, torch.bfloat16, num_bytes, 7 * ops, forward, check, True)
+    yield Case(*what, "backward", shape, torch.bfloat16, 2 * num_bytes, 20 * ops, backward, check, True)
 
 
 def taylor_step_cases(lengths: list[int]) -> Iterator[Case]:
-    """One token for B sequences, H16 f16 V64; the limit counts the packed state, once each way."""
+    """One token for B sequences, H16 f16 V64; the limit counts the packed state, once each way.
+
+    A run takes as many states as make a gigabyte (at most 256), and keeps all results, so that no cache holds them.
+    """
     h, f, v_dim = 16, 16, 64
     num = num_taylor_features(f)
     for batch in (1, 128, 1024, 4096):
@@ -189,7 +248,8 @@ def taylor_step_cases(lengths: list[int]) -> Iterator[Case]:
                 )
                 return q, k, v, TaylorState(*(x.to(state_dtype) for x in state))
 
-            given = inputs()
+            size = 2 * batch * h * num * (v_dim + 1) * state_dtype.itemsize
+            given = [inputs() for _ in range(max(2, min(256, 10**9 // size)))]
             for backend in ("triton", "reference"):
 
                 def check(backend=backend, inputs=inputs):
@@ -201,13 +261,14 @@ def taylor_step_cases(lengths: list[int]) -> Iterator[Case]:
                     )
                     return max(error(o, expected), error(new.kv, expected_new.kv))
 
-                size = sum(x.numel() * x.element_size() for x in given[3])
+                def run(given=given, backend=backend):
+                    return [taylor_linear_attention_step(*x, backend=backend) for x in given]
+
                 name = "ours" if backend == "triton" else "ours, plain PyTorch"
                 yield Case(
                     "taylor_linear_attention_step", name, str(state_dtype).removeprefix("torch.") + " state",
-                    {"B": batch, "H": h, "f": f, "V": v_dim}, torch.bfloat16, 2 * size, 4 * batch * h * num * v_dim,
-                    lambda given=given, backend=backend: taylor_linear_attention_step(*given, backend=backend),
-                    check, True,
+                    {"B": batch, "H": h, "f": f, "V": v_dim}, torch.bfloat16, size, 4 * batch * h * num * v_dim,
+                    run, check, True, len(given),
                 )  # fmt: skip
 
 
@@ -264,11 +325,13 @@ def capture(run: Callable[[], object]) -> Callable[[], object]:
     """A CUDA graph of `run`, to replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
+    # A backward pass runs on the stream of its forward pass, which is this one too.
     with torch.cuda.stream(side):
-        run()
+        for _ in range(2):
+            run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         run()
     return graph.replay
 
@@ -296,7 +359,15 @@ def measure(case: Case, limits: dict[str, float]) -> dict:
         record["error"] = case.check()
         if not record["error"] <= TOLERANCE[case.dtype]:
             return record | {"refused": f"error {record['error']:.1e} in the parity check"}
-        median, low, high = quantiles(capture(case.run) if case.captured else case.run)
+        run = case.run
+        if case.captured:
+            try:
+                run = capture(run)
+            except RuntimeError:  # a peer that waits for the device
+                torch.cuda.synchronize()
+        record["captured"] = run is not case.run
+        times = quantiles(run)
+        median, low, high = (ms / case.calls for ms in times)
     except Exception as problem:  # a peer that breaks must not take the others' rows with it
         return record | {"refused": f"{type(problem).__name__}: {str(problem)[:200]}"}
     limit = max(

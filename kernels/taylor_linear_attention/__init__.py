@@ -38,7 +38,7 @@ def taylor_linear_attention(
     """Causal attention with weights 1 + s + s^2 / 2, s = scale * q.k, normalised by their sum.
 
     Args:
-        q, k: [B, T, H, f], bf16, fp16, fp32 or fp64 (reference only: fp64, f > 32, and f > 16 in fp16 and fp32).
+        q, k: [B, T, H, f], bf16, fp16, fp32 or fp64 (reference only: fp64, f > 32).
         v: [B, T, H, V] of the same dtype.
         scale: positive; f^(-1/2) when None.
         initial_state: memory of the tokens before, kv [B, H, F, V] and key_sum [B, H, F], any floating dtype.
@@ -208,9 +208,6 @@ def triton_refusal(q: Tensor) -> str | None:
         return f"q is on {q.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"q has dtype {q.dtype}; allowed: bfloat16, float16, float32"
-    # The kernels over a sequence keep the state on chip, in shared memory next to their tiles; a step streams it.
-    streams = q.dim() == 3 or q.dtype == torch.bfloat16
-    allowed = MAX_TRITON_FEATURE_DIM if streams else MAX_TRITON_FEATURE_DIM // 2
-    if q.shape[-1] > allowed:
-        return f"the feature dimension is {q.shape[-1]}; allowed: up to {allowed} in {q.dtype} (shared memory)"
+    if q.shape[-1] > MAX_TRITON_FEATURE_DIM:
+        return f"the feature dimension is {q.shape[-1]}; allowed: up to {MAX_TRITON_FEATURE_DIM}"
     return None

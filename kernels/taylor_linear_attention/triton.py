@@ -19,7 +19,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Tile(NamedTuple):
-    """Block sizes of a launch: NB blocks of BF features, chunks of C tokens, BV values, and the operand precision."""
+    """Block sizes of a launch: NB blocks of BF features, chunks of C tokens, BV values, and the operand precision.
+
+    PARTS launches, one after the other, share the features where one program has no room for them all. With GATHER
+    the factors of a feature are read from memory and not picked by products.
+    """
 
     F: int
     FP: int
@@ -30,6 +34,12 @@ class Tile(NamedTuple):
     NB: int
     OP: tl.dtype
     PREC: str
+    PARTS: int
+    GATHER: bool
+
+    @property
+    def rows(self) -> int:
+        return self.PARTS * self.NB * self.BF
 
 
 def choose_tile(f: int, v_dim: int, dtype: torch.dtype, *, backward: bool = False) -> tuple[Tile, dict]:
@@ -39,20 +49,21 @@ def choose_tile(f: int, v_dim: int, dtype: torch.dtype, *, backward: bool = Fals
     as tf32, which has the same mantissa. fp32 is computed as tf32 where `torch.set_float32_matmul_precision` allows
     it, and otherwise as three tf32 products, which is fp32 to within rounding.
     """
-    num = num_taylor_features(f)
-    block, num_blocks = next((bf, nb) for bf, nb in ((64, 1), (64, 3), (128, 3), (256, 3)) if bf * nb >= num)
     # Triton's interpreter has no bf16 products.
     narrow = dtype == torch.bfloat16 and not INTERPRETED
-    widest = 64 if block == 64 and (narrow or not backward) else 32 if block < 256 else 16
-    block_v = min(widest, max(16, triton.next_power_of_2(v_dim)))
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     op, prec = (tl.bfloat16, "tf32") if narrow else (tl.float32, "tf32x3" if exact else "tf32")
-    tile = Tile(f, 16 if f <= 16 else 32, v_dim, block_v, 64 if narrow else 32, block, num_blocks, op, prec)
-    pipelined = narrow and block == 64
+    block, num = 64, num_taylor_features(f)
+    num_blocks = 1 if num <= block or exact else 3
+    block_v = min(64 if narrow or not backward else 32, max(16, triton.next_power_of_2(v_dim)))
+    parts = triton.cdiv(num, num_blocks * block)
+    tile = Tile(
+        f, 16 if f <= 16 else 32, v_dim, block_v, 64 if narrow else 32, block, num_blocks, op, prec, parts, not narrow
+    )
     stages = {"state": 3, "apply": 3, "apply from a state": 2, "dx": 2, "dx reverse": 3}
-    if not pipelined:
+    if not narrow:
         stages = dict.fromkeys(stages, 1)
-    return tile, {"num_warps": 4 if block == 64 else 8, "num_stages": stages}
+    return tile, {"num_warps": 4, "num_stages": stages}
 
 
 def shape_constants(tile: Tile, options: dict, length: int, num_heads: int, mask: Tensor | None, kernel: str) -> dict:
@@ -88,11 +99,10 @@ class Starts(NamedTuple):
 def sum_groups(x: Tensor, y: Tensor, c, mask, tile: Tile, options, groups: int, per_group: int, *, skip: str | None):
     """Group sums, raw, of phi(x) y^T and phi(x) c; `skip` names an end group ('first', 'last') that nobody needs."""
     b, t, h, _ = x.shape
-    rows = tile.NB * tile.BF
-    kv = torch.empty(b * h, groups, rows, tile.V, device=x.device, dtype=torch.float32)
-    z = torch.empty(b * h, groups, rows, device=x.device, dtype=torch.float32)
+    kv = torch.empty(b * h, groups, tile.rows, tile.V, device=x.device, dtype=torch.float32)
+    z = torch.empty(b * h, groups, tile.rows, device=x.device, dtype=torch.float32)
     num = groups - (skip is not None)
-    if num:
+    for part in range(tile.PARTS if num else 0):
         tk._state_kernel[(triton.cdiv(tile.V, tile.BV), num, b * h)](
             x,
             y,
@@ -104,6 +114,7 @@ def sum_groups(x: Tensor, y: Tensor, c, mask, tile: Tile, options, groups: int, 
             groups,
             per_group,
             1 if skip == "first" else 0,
+            part,
             HAS_C=c is not None,
             HAS_MASK=mask is not None,
             **shape_constants(tile, options, t, h, mask, "state"),
@@ -146,34 +157,44 @@ def group_starts(x, y, c, initial, scale, tile, options, groups, per_group, *, r
     return Starts(kv, z)
 
 
-def launch_apply(x, xs, ys, mask, o, norm, start: Starts, final, scale, tile, options, groups, per_group, *, reverse):
-    """Outputs (forwards, with `norm`) or the gradient of v (`reverse`); not causal when `xs` is None."""
+def launch_apply(
+    x, xs, ys, mask, like, norm, start: Starts, final, scale, tile, options, groups, per_group, *, reverse
+):
+    """Outputs (forwards, with `norm` [PARTS, B, T, H] to fill) or the gradient of v (`reverse`), shaped as `like`.
+
+    Not causal when `xs` is None.
+    """
     b, t, h, _ = x.shape
-    unused = o
+    o = torch.empty_like(like, dtype=like.dtype if tile.PARTS == 1 else torch.float32)
     kernel = "apply" if start.kv is None or reverse else "apply from a state"
-    tk._apply_kernel[(triton.cdiv(tile.V, tile.BV), groups, b * h)](
-        x,
-        unused if xs is None else xs,
-        unused if ys is None else ys,
-        unused if mask is None else mask,
-        o,
-        unused if norm is None else norm,
-        unused if start.kv is None else start.kv,
-        unused if start.z is None else start.z,
-        unused if final is None else final.kv,
-        unused if final is None else final.key_sum,
-        scale,
-        t,
-        groups,
-        per_group,
-        CAUSAL=xs is not None,
-        REVERSE=reverse,
-        NORMALISE=norm is not None,
-        HAS_MASK=mask is not None,
-        HAS_START=start.kv is not None,
-        HAS_FINAL=final is not None,
-        **shape_constants(tile, options, t, h, mask, kernel),
-    )
+    for part in range(tile.PARTS):
+        tk._apply_kernel[(triton.cdiv(tile.V, tile.BV), groups, b * h)](
+            x,
+            o if xs is None else xs,
+            o if ys is None else ys,
+            o if mask is None else mask,
+            o,
+            o if norm is None else norm[part],
+            o if norm is None else norm[max(part - 1, 0)],
+            o if start.kv is None else start.kv,
+            o if start.z is None else start.z,
+            o if final is None else final.kv,
+            o if final is None else final.key_sum,
+            scale,
+            t,
+            groups,
+            per_group,
+            part,
+            CAUSAL=xs is not None,
+            REVERSE=reverse,
+            NORMALISE=norm is not None,
+            HAS_MASK=mask is not None,
+            HAS_START=start.kv is not None,
+            HAS_FINAL=final is not None,
+            INSIDE=part == 0,
+            **shape_constants(tile, options, t, h, mask, kernel),
+        )
+    return o.to(like.dtype)
 
 
 def launch_dx(
@@ -183,32 +204,36 @@ def launch_dx(
     b, t, h, _ = x.shape
     num_v = triton.cdiv(tile.V, tile.BV)
     # Each tile of V gives its own part of the gradient; they are summed below in a fixed order.
-    dx = torch.empty(num_v, *x.shape, device=x.device, dtype=x.dtype if num_v == 1 else torch.float32)
-    tk._dx_kernel[(num_v, groups, b * h)](
-        x,
-        y,
-        dx if c is None else c,
-        dx if xs is None else xs,
-        dx if ys is None else ys,
-        dx if mask is None else mask,
-        dx,
-        dx if start.kv is None else start.kv,
-        dx if start.z is None else start.z,
-        dx if final is None else final.kv,
-        dx if final is None else final.key_sum,
-        scale,
-        t,
-        groups,
-        per_group,
-        x.numel(),
-        CAUSAL=xs is not None,
-        REVERSE=reverse,
-        HAS_MASK=mask is not None,
-        HAS_START=start.kv is not None,
-        HAS_FINAL=final is not None,
-        **shape_constants(tile, options, t, h, mask, "dx reverse" if reverse else "dx"),
-    )
-    return dx[0] if num_v == 1 else dx.sum(0).to(x.dtype)
+    dtype = x.dtype if num_v == tile.PARTS == 1 else torch.float32
+    dx = torch.empty(num_v, *x.shape, device=x.device, dtype=dtype)
+    for part in range(tile.PARTS):
+        tk._dx_kernel[(num_v, groups, b * h)](
+            x,
+            y,
+            dx if c is None else c,
+            dx if xs is None else xs,
+            dx if ys is None else ys,
+            dx if mask is None else mask,
+            dx,
+            dx if start.kv is None else start.kv,
+            dx if start.z is None else start.z,
+            dx if final is None else final.kv,
+            dx if final is None else final.key_sum,
+            scale,
+            t,
+            groups,
+            per_group,
+            part,
+            x.numel(),
+            CAUSAL=xs is not None,
+            REVERSE=reverse,
+            HAS_MASK=mask is not None,
+            HAS_START=start.kv is not None,
+            HAS_FINAL=final is not None,
+            INSIDE=part == 0,
+            **shape_constants(tile, options, t, h, mask, "dx reverse" if reverse else "dx"),
+        )
+    return (dx[0] if num_v == 1 else dx.sum(0)).to(x.dtype)
 
 
 def as_state(kv: Tensor | None, key_sum: Tensor | None) -> TaylorState | None:
@@ -240,11 +265,10 @@ def forward_op(q, k, v, initial_kv, initial_key_sum, scale, output_final_state):
     groups, per_group = split(t, tile, triton.cdiv(v_dim, tile.BV) * b * h, q.device)
     initial = as_state(initial_kv, initial_key_sum)
     start = group_starts(k, v, None, initial, scale, tile, options, groups, per_group, reverse=False)
-    o = torch.empty_like(v)
-    norm = torch.empty(b, t, h, device=q.device, dtype=torch.float32)
+    norm = torch.empty(tile.PARTS, b, t, h, device=q.device, dtype=torch.float32)
     final = empty_state(b, h, f, v_dim, q) if output_final_state else None
-    launch_apply(q, k, v, None, o, norm, start, final, scale, tile, options, groups, per_group, reverse=False)
-    return o, norm, *(final or (q.new_empty(0), q.new_empty(0)))
+    o = launch_apply(q, k, v, None, v, norm, start, final, scale, tile, options, groups, per_group, reverse=False)
+    return o, norm[0] if tile.PARTS == 1 else norm[-1].clone(), *(final or (q.new_empty(0), q.new_empty(0)))
 
 
 @forward_op.register_fake
@@ -284,8 +308,7 @@ def backward_op(q, k, v, o, norm, do, initial_kv, initial_key_sum, dfinal_kv, df
     start = group_starts(q, dn, delta, dfinal, *plan, reverse=True)
     dinitial = None if initial is None else empty_state(b, h, f, v_dim, q)
     dk = launch_dx(k, v, delta, q, dn, None, start, dinitial, *plan, reverse=True)
-    dv = torch.empty_like(v)
-    launch_apply(k, q, dn, None, dv, None, start, None, *plan, reverse=True)
+    dv = launch_apply(k, q, dn, None, v, None, start, None, *plan, reverse=True)
     if initial is None:
         return dq, dk, dv, q.new_empty(0), q.new_empty(0)
     return dq, dk, dv, *(x.to(initial.kv.dtype) for x in dinitial)
@@ -366,14 +389,13 @@ def state_backward_op(k, v, mask, dkv, dkey_sum, scale):
     groups, per_group = split(t, tile, triton.cdiv(v_dim, tile.BV) * b * h, k.device)
     plan = (scale, tile, options, groups, per_group)
     start = Starts(
-        torch.empty(b * h, 1, tile.NB * tile.BF, v_dim, device=k.device, dtype=torch.float32),
-        torch.empty(b * h, 1, tile.NB * tile.BF, device=k.device, dtype=torch.float32),
+        torch.empty(b * h, 1, tile.rows, v_dim, device=k.device, dtype=torch.float32),
+        torch.empty(b * h, 1, tile.rows, device=k.device, dtype=torch.float32),
     )
     scan(*start, as_state(dkv, dkey_sum), None, scale, tile, reverse=True)
     mask = None if mask is None else mask.contiguous()
     dk = launch_dx(k, v, None, None, None, mask, start, None, *plan, reverse=True)
-    dv = torch.empty_like(v)
-    launch_apply(k, None, None, mask, dv, None, start, None, *plan, reverse=True)
+    dv = launch_apply(k, None, None, mask, v, None, start, None, *plan, reverse=True)
     return dk, dv
 
 

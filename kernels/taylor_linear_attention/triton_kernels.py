@@ -37,11 +37,10 @@ def _operand(x, OP: tl.constexpr, PREC: tl.constexpr):
 
 @triton.jit
 def _select(
-    i_b: tl.constexpr,
+    i_b,
     WHICH: tl.constexpr,
     F: tl.constexpr,
     FP: tl.constexpr,
-    NQ: tl.constexpr,
     BF: tl.constexpr,
     OP: tl.constexpr,
 ):
@@ -49,6 +48,7 @@ def _select(
 
     Also the same for the factors that are the constant 1, with the one in column 0: [BF, FP], or [2 BF, FP].
     """
+    NQ: tl.constexpr = F * (F + 1) // 2
     r = tl.arange(0, 2 * BF if WHICH == 3 else BF)
     c = i_b * BF + r % BF
     i = tl.arange(0, FP)
@@ -65,15 +65,17 @@ def _select(
 
 
 @triton.jit
-def _weights(i_b: tl.constexpr, scale, F: tl.constexpr, NQ: tl.constexpr, BF: tl.constexpr):
+def _weights(i_b, scale, F: tl.constexpr, BF: tl.constexpr):
     """Weight of each monomial in 1 + s + s^2 / 2: [BF], the square of what `_public` multiplies by."""
+    NQ: tl.constexpr = F * (F + 1) // 2
     c = i_b * BF + tl.arange(0, BF)
     return tl.where(c < F, 0.5 * scale * scale, tl.where(c < NQ, scale * scale, tl.where(c < NQ + F, scale, 1.0)))
 
 
 @triton.jit
-def _public(i_b, scale, F: tl.constexpr, NQ: tl.constexpr, BF: tl.constexpr):
+def _public(i_b, scale, F: tl.constexpr, BF: tl.constexpr):
     """Of each feature of block i_b: its row in the public state, whether it exists, and public over raw."""
+    NQ: tl.constexpr = F * (F + 1) // 2
     c = i_b * BF + tl.arange(0, BF)
     row = tl.where(c < NQ, 1 + F + c, tl.where(c < NQ + F, 1 + c - NQ, 0))
     factor = tl.where(
@@ -85,50 +87,108 @@ def _public(i_b, scale, F: tl.constexpr, NQ: tl.constexpr, BF: tl.constexpr):
 @triton.jit
 def _factors(
     x,
-    i_b: tl.constexpr,
+    i_b,
     WHICH: tl.constexpr,
     F: tl.constexpr,
-    FP: tl.constexpr,
-    NQ: tl.constexpr,
     BF: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Factor WHICH of the features of block i_b of rows x [C, FP]: [C, BF]; 3: both, side by side."""
-    e, one = _select(i_b, WHICH, F, FP, NQ, BF, OP)
+    NQ: tl.constexpr = F * (F + 1) // 2
+    e, one = _select(i_b, WHICH, F, x.shape[1], BF, OP)
     x12 = tl.dot(x, tl.trans(e), input_precision=PREC)
-    if (i_b + 1) * BF > NQ:
-        if BF <= 128:
-            # A product and not a sum of constants, which the compiler would keep in registers all through the loop.
-            x12 = tl.dot(tl.full([x.shape[0], FP], 1.0, OP), tl.trans(one), acc=x12, input_precision=PREC)
-        else:
-            x12 += tl.sum(one.to(tl.float32), 1)[None, :]  # one more operand would not fit in shared memory
+    if PARTS > 1 or (i_b + 1) * BF > NQ:
+        # A product and not a sum of constants, which the compiler would keep in registers all through the loop.
+        x12 = tl.dot(tl.full(x.shape, 1.0, OP), tl.trans(one), acc=x12, input_precision=PREC)
     return x12
+
+
+@triton.jit
+def _repeat(b_x, weight, i_b, BF: tl.constexpr):
+    """First factor of block i_b of pairs, in whole distances, times `weight`, half of it where both factors are one.
+
+    Pair c has c % F as its first: that is x [C, F] over and over, [C, BF], and takes no product.
+    """
+    R: tl.constexpr = BF // b_x.shape[1]
+    x = tl.broadcast_to((b_x.to(tl.float32) * weight)[:, None, :], (b_x.shape[0], R, b_x.shape[1]))
+    if i_b == 0:
+        x = tl.where((tl.arange(0, R) == 0)[None, :, None], 0.5 * x, x)
+    return tl.reshape(x, (b_x.shape[0], BF))
+
+
+@triton.jit
+def _gather(
+    p_x,
+    m,
+    i_b,
+    WHICH: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    F: tl.constexpr,
+    BF: tl.constexpr,
+):
+    """`_factors`, 1 or 2, out of memory: exact, and in float32 cheaper than products. [C, BF], or [BF, C] TRANSPOSED.
+
+    The rows start at p_x [C]; where m [C] is 0 all factors are 1.
+    """
+    NQ: tl.constexpr = F * (F + 1) // 2
+    c = i_b * BF + tl.arange(0, BF)
+    if WHICH == 1:
+        index, picks = tl.where(c < NQ, c % F, c - NQ), c < NQ + F
+    else:
+        index, picks = (c % F + c // F) % F, c < NQ
+    if TRANSPOSED:
+        x = tl.load(p_x[None, :] + index[:, None], mask=picks[:, None] & (m != 0)[None, :], other=1.0)
+    else:
+        x = tl.load(p_x[:, None] + index[None, :], mask=picks[None, :] & (m != 0)[:, None], other=1.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _scatter(b_a, e, b_dx, OP: tl.constexpr, PREC: tl.constexpr):
+    """b_dx + b_a e; a one-hot e has few digits, so that two products of tf32 do what else takes three."""
+    if PREC == "tf32x3":
+        b_hi = _operand(b_a, OP, "tf32")
+        b_dx = tl.dot(b_hi, e, acc=b_dx, input_precision="tf32")
+        b_dx = tl.dot(b_a - b_hi, e, acc=b_dx, input_precision="tf32")
+    else:
+        b_dx = tl.dot(_operand(b_a, OP, PREC), e, acc=b_dx, input_precision=PREC)
+    return b_dx
 
 
 @triton.jit
 def _features_t(
     x_t,
+    p_x,
     m,
-    i_b: tl.constexpr,
+    i_b,
     EVEN: tl.constexpr,
     F: tl.constexpr,
-    FP: tl.constexpr,
-    NQ: tl.constexpr,
     BF: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATHER: tl.constexpr,
 ):
     """Features [BF, C] of columns x_t [FP, C]; m [C] is 0 where a token does not count (its x is 0) and 1 elsewhere."""
-    e, _ = _select(i_b, 3, F, FP, NQ, BF, OP)
-    x12 = tl.dot(e, x_t, input_precision=PREC)
-    x1, x2 = tl.split(tl.permute(tl.reshape(x12, (2, BF, x_t.shape[1])), (1, 2, 0)))
-    if (i_b + 1) * BF > NQ:
+    NQ: tl.constexpr = F * (F + 1) // 2
+    if GATHER:
         c = i_b * BF + tl.arange(0, BF)
-        x1 += (c == NQ + F).to(tl.float32)[:, None]
-        one2 = ((c >= NQ) & (c <= NQ + F)).to(tl.float32)[:, None]
-        x2 += one2 if EVEN else one2 * m[None, :]
-    return x1 * x2
+        x1 = _gather(p_x, m, i_b, 1, True, F, BF)
+        x2 = _gather(p_x, m, i_b, 2, True, F, BF)
+        b_p = tl.where((c <= NQ + F)[:, None] & (m != 0)[None, :], x1 * x2, 0.0)
+    else:
+        e, _ = _select(i_b, 3, F, x_t.shape[0], BF, OP)
+        x12 = tl.dot(e, x_t, input_precision=PREC)
+        x1, x2 = tl.split(tl.permute(tl.reshape(x12, (2, BF, x_t.shape[1])), (1, 2, 0)))
+        if PARTS > 1 or (i_b + 1) * BF > NQ:
+            c = i_b * BF + tl.arange(0, BF)
+            x1 += (c == NQ + F).to(tl.float32)[:, None]
+            one2 = ((c >= NQ) & (c <= NQ + F)).to(tl.float32)[:, None]
+            x2 += one2 if EVEN else one2 * m[None, :]
+        b_p = x1 * x2
+    return b_p
 
 
 @triton.jit
@@ -153,7 +213,7 @@ def _store(p, x, m, EVEN: tl.constexpr):
 def _load_start(
     p_kv,
     p_z,
-    i_b: tl.constexpr,
+    i_b,
     o_v,
     HAS_START: tl.constexpr,
     V: tl.constexpr,
@@ -185,10 +245,9 @@ def _columns(b_c, OP: tl.constexpr):
 
 
 @triton.jit
-def _z_operand(b_z, b_w, OP: tl.constexpr):
-    """z [BF, 16] as an operand that keeps twice the digits: the sum of its columns is the weighted z."""
+def _z_operand(b_z, OP: tl.constexpr):
+    """z [BF, 16] as an operand that keeps twice the digits: the sum of its columns is z."""
     i = tl.arange(0, 16)[None, :]
-    b_z = b_z * b_w[:, None]
     return tl.where(i == 1, b_z - b_z.to(OP).to(tl.float32), b_z).to(OP)
 
 
@@ -202,27 +261,28 @@ def _total(b_z):
 @triton.jit
 def _absorb(
     x_t,
+    p_x,
     b_y,
     b_c,
     b_m,
     b_s,
     b_z,
-    i_b: tl.constexpr,
+    i_b,
     WITH_Z: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     F: tl.constexpr,
-    FP: tl.constexpr,
-    NQ: tl.constexpr,
     BF: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATHER: tl.constexpr,
 ):
     """Add a chunk to block i_b of a raw state: phi(x)^T y and, WITH_Z, phi(x)^T c.
 
     With COLUMNS, c is [C, 16] from `_columns` and z as in `_spread`; else c is 1 and z a vector.
     """
-    b_p = _features_t(x_t, b_m, i_b, EVEN, F, FP, NQ, BF, OP, PREC)
+    b_p = _features_t(x_t, p_x, b_m, i_b, EVEN, F, BF, OP, PREC, PARTS, GATHER)
     b_s = tl.dot(_operand(b_p, OP, PREC), b_y, acc=b_s, input_precision=PREC)
     if COLUMNS:
         b_z = tl.dot(_operand(b_p, OP, PREC), b_c, acc=b_z, input_precision=PREC)
@@ -232,7 +292,7 @@ def _absorb(
 
 
 @triton.jit
-def _store_raw(p_kv, p_z, b_s, b_z, i_b: tl.constexpr, o_v, is_first, V: tl.constexpr, BF: tl.constexpr):
+def _store_raw(p_kv, p_z, b_s, b_z, i_b, o_v, is_first, V: tl.constexpr, BF: tl.constexpr):
     """Write block i_b of a raw state."""
     c = i_b * BF + tl.arange(0, BF)
     tl.store(p_kv + c[:, None] * V + o_v[None, :], b_s, mask=(o_v < V)[None, :])
@@ -246,17 +306,16 @@ def _store_public(
     p_z,
     b_s,
     b_z,
-    i_b: tl.constexpr,
+    i_b,
     o_v,
     is_first,
     scale,
     F: tl.constexpr,
-    NQ: tl.constexpr,
     V: tl.constexpr,
     BF: tl.constexpr,
 ):
     """Write a block of a raw state as rows of a public one."""
-    row, exists, factor = _public(i_b, scale, F, NQ, BF)
+    row, exists, factor = _public(i_b, scale, F, BF)
     m = exists[:, None] & (o_v < V)[None, :]
     tl.store(p_kv + row[:, None] * V + o_v[None, :], b_s * factor[:, None], mask=m)
     if is_first:
@@ -264,7 +323,7 @@ def _store_public(
 
 
 # ---------------------------------------------------------------- state passing
-@triton.jit
+@triton.jit(do_not_specialize=["part"])
 def _state_kernel(
     x_ptr,
     y_ptr,
@@ -276,6 +335,7 @@ def _state_kernel(
     G,
     num_chunks,
     first_group,
+    part,
     HAS_C: tl.constexpr,
     HAS_MASK: tl.constexpr,
     EVEN: tl.constexpr,
@@ -289,9 +349,14 @@ def _state_kernel(
     NB: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATHER: tl.constexpr,
 ):
     """Raw sums of a group of chunks, phi(x) y^T and phi(x) c; c is 1 without HAS_C."""
-    NQ: tl.constexpr = F * (F + 1) // 2
+    if PARTS == 1:
+        i_0: tl.constexpr = 0
+    else:
+        i_0 = part * NB
     i_v, i_g, i_bh = tl.program_id(0), tl.program_id(1) + first_group, tl.program_id(2)
     i_b, i_h = i_bh // H, i_bh % H
     o_f, o_v, o_c = tl.arange(0, FP), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
@@ -314,21 +379,28 @@ def _state_kernel(
             m_t = m_t & (tl.load(mask_ptr + base + o_t, mask=m_t, other=0) != 0)
         b_x = _load(x_ptr + o_t[:, None] * H * F + o_f[None, :], m_t[:, None] & (o_f < F)[None, :], EVEN)
         b_y = _load(y_ptr + o_t[:, None] * H * V + o_v[None, :], m_t[:, None] & (o_v < V)[None, :], EVEN)
+        p_x = x_ptr + o_t * H * F
         b_xt = tl.trans(b_x.to(OP))
         b_y = _operand(b_y, OP, PREC)
         b_m = m_t.to(tl.float32)
         b_c = _columns(_load(c_ptr + o_t * H, m_t, EVEN) if HAS_C else b_m, OP)
-        b_s0, b_z0 = _absorb(b_xt, b_y, b_c, b_m, b_s0, b_z0, 0, True, True, EVEN, F, FP, NQ, BF, OP, PREC)
+        b_s0, b_z0 = _absorb(
+            b_xt, p_x, b_y, b_c, b_m, b_s0, b_z0, i_0, True, True, EVEN, F, BF, OP, PREC, PARTS, GATHER
+        )
         if NB > 1:
-            b_s1, b_z1 = _absorb(b_xt, b_y, b_c, b_m, b_s1, b_z1, 1, True, True, EVEN, F, FP, NQ, BF, OP, PREC)
-            b_s2, b_z2 = _absorb(b_xt, b_y, b_c, b_m, b_s2, b_z2, 2, True, True, EVEN, F, FP, NQ, BF, OP, PREC)
+            b_s1, b_z1 = _absorb(
+                b_xt, p_x, b_y, b_c, b_m, b_s1, b_z1, i_0 + 1, True, True, EVEN, F, BF, OP, PREC, PARTS, GATHER
+            )
+            b_s2, b_z2 = _absorb(
+                b_xt, p_x, b_y, b_c, b_m, b_s2, b_z2, i_0 + 2, True, True, EVEN, F, BF, OP, PREC, PARTS, GATHER
+            )
 
-    p_s = kv_ptr + (i_bh.to(tl.int64) * G + i_g) * (NB * BF) * V
-    p_z = z_ptr + (i_bh.to(tl.int64) * G + i_g) * (NB * BF)
-    _store_raw(p_s, p_z, b_s0, _total(b_z0), 0, o_v, i_v == 0, V, BF)
+    p_s = kv_ptr + (i_bh.to(tl.int64) * G + i_g) * (PARTS * NB * BF) * V
+    p_z = z_ptr + (i_bh.to(tl.int64) * G + i_g) * (PARTS * NB * BF)
+    _store_raw(p_s, p_z, b_s0, _total(b_z0), i_0, o_v, i_v == 0, V, BF)
     if NB > 1:
-        _store_raw(p_s, p_z, b_s1, _total(b_z1), 1, o_v, i_v == 0, V, BF)
-        _store_raw(p_s, p_z, b_s2, _total(b_z2), 2, o_v, i_v == 0, V, BF)
+        _store_raw(p_s, p_z, b_s1, _total(b_z1), i_0 + 1, o_v, i_v == 0, V, BF)
+        _store_raw(p_s, p_z, b_s2, _total(b_z2), i_0 + 2, o_v, i_v == 0, V, BF)
 
 
 @triton.jit
@@ -357,7 +429,7 @@ def _scan_kernel(
     NQ: tl.constexpr = F * (F + 1) // 2
     i_r, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_r, o_v = i_r * BR + tl.arange(0, BR), tl.arange(0, VP)
-    row, exists, factor = _public(i_r, scale, F, NQ, BR)
+    row, exists, factor = _public(i_r, scale, F, BR)
     m_s = exists[:, None] & (o_v < V)[None, :]
     b_s = tl.zeros([BR, VP], tl.float32)
     b_z = tl.zeros([BR], tl.float32)
@@ -392,32 +464,40 @@ def _scan_kernel(
 @triton.jit
 def _read(
     b_x,
+    p_x,
+    b_m,
     b_s,
     b_z,
     b_o,
     b_n,
     scale,
-    i_b: tl.constexpr,
+    i_b,
     NORMALISE: tl.constexpr,
     F: tl.constexpr,
-    FP: tl.constexpr,
-    NQ: tl.constexpr,
     BF: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATHER: tl.constexpr,
 ):
     """Add phi(x).S to b_o [C, BV] and phi(x).z to b_n [C], block i_b."""
-    x12 = _factors(b_x, i_b, 3, F, FP, NQ, BF, OP, PREC)
-    x1, x2 = tl.split(tl.permute(tl.reshape(x12, (b_x.shape[0], 2, BF)), (0, 2, 1)))
-    b_w = _weights(i_b, scale, F, NQ, BF)
-    b_p = x1 * x2
+    if PARTS == 1 and not GATHER and b_x.shape[1] == F and BF % F == 0 and (i_b + 1) * BF <= F * (F + 1) // 2:
+        b_p = _repeat(b_x, scale * scale, i_b, BF) * _factors(b_x, i_b, 2, F, BF, OP, PREC, PARTS)
+    else:
+        if GATHER:
+            x1 = _gather(p_x, b_m, i_b, 1, False, F, BF)
+            x2 = _gather(p_x, b_m, i_b, 2, False, F, BF)
+        else:
+            x12 = _factors(b_x, i_b, 3, F, BF, OP, PREC, PARTS)
+            x1, x2 = tl.split(tl.permute(tl.reshape(x12, (b_x.shape[0], 2, BF)), (0, 2, 1)))
+        b_p = x1 * x2 * _weights(i_b, scale, F, BF)[None, :]
     if NORMALISE:
-        b_n += tl.sum(b_p * (b_z * b_w)[None, :], 1)
-    b_o = tl.dot(_operand(b_p, OP, PREC), _operand(b_s * b_w[:, None], OP, PREC), acc=b_o, input_precision=PREC)
+        b_n += tl.sum(b_p * b_z[None, :], 1)
+    b_o = tl.dot(_operand(b_p, OP, PREC), _operand(b_s, OP, PREC), acc=b_o, input_precision=PREC)
     return b_o, b_n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part"])
 def _apply_kernel(
     x_ptr,
     xs_ptr,
@@ -425,6 +505,7 @@ def _apply_kernel(
     mask_ptr,
     o_ptr,
     norm_ptr,
+    before_ptr,
     start_kv_ptr,
     start_z_ptr,
     final_kv_ptr,
@@ -433,6 +514,7 @@ def _apply_kernel(
     T,
     G,
     num_chunks,
+    part,
     CAUSAL: tl.constexpr,
     REVERSE: tl.constexpr,
     NORMALISE: tl.constexpr,
@@ -450,6 +532,9 @@ def _apply_kernel(
     NB: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    INSIDE: tl.constexpr,
 ):
     """o_i = sum of w_ij y_j over j <= i (REVERSE: j >= i) and over the state at the start, w = 1 + s + s^2 / 2.
 
@@ -457,6 +542,10 @@ def _apply_kernel(
     Without CAUSAL only the state at the start is read.
     """
     NQ: tl.constexpr = F * (F + 1) // 2
+    if PARTS == 1:
+        i_0: tl.constexpr = 0
+    else:
+        i_0 = part * NB
     i_v, i_g, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_h = i_bh // H, i_bh % H
     o_f, o_v, o_c = tl.arange(0, FP), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
@@ -466,14 +555,15 @@ def _apply_kernel(
     ys_ptr += (base * H + i_h) * V
     o_ptr += (base * H + i_h) * V
     norm_ptr += base * H + i_h
+    before_ptr += base * H + i_h
     i_s = i_bh.to(tl.int64) * G + i_g if CAUSAL else i_bh.to(tl.int64)
-    start_kv_ptr += i_s * (NB * BF) * V
-    start_z_ptr += i_s * (NB * BF)
+    start_kv_ptr += i_s * (PARTS * NB * BF) * V
+    start_z_ptr += i_s * (PARTS * NB * BF)
 
-    b_s0, b_z0 = _load_start(start_kv_ptr, start_z_ptr, 0, o_v, HAS_START, V, BV, BF)
+    b_s0, b_z0 = _load_start(start_kv_ptr, start_z_ptr, i_0, o_v, HAS_START, V, BV, BF)
     if NB > 1:
-        b_s1, b_z1 = _load_start(start_kv_ptr, start_z_ptr, 1, o_v, HAS_START, V, BV, BF)
-        b_s2, b_z2 = _load_start(start_kv_ptr, start_z_ptr, 2, o_v, HAS_START, V, BV, BF)
+        b_s1, b_z1 = _load_start(start_kv_ptr, start_z_ptr, i_0 + 1, o_v, HAS_START, V, BV, BF)
+        b_s2, b_z2 = _load_start(start_kv_ptr, start_z_ptr, i_0 + 2, o_v, HAS_START, V, BV, BF)
     first = i_g * num_chunks
     last = tl.minimum(first + num_chunks, tl.cdiv(T, C))
     for i_c in range(first, last):
@@ -483,12 +573,14 @@ def _apply_kernel(
         m_v = m_t[:, None] & (o_v < V)[None, :]
         b_x = _load(x_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
         b_m = m_t.to(tl.float32)
+        p_x, p_xs = x_ptr + o_t * H * F, xs_ptr + o_t * H * F
         b_n = tl.zeros([C], tl.float32)
         b_o = tl.zeros([C, BV], tl.float32)
         if CAUSAL:
             b_xs = _load(xs_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
             b_ys = _operand(_load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN), OP, PREC)
             b_xst = tl.trans(b_xs)
+        if CAUSAL and INSIDE:
             b_w = tl.dot(b_x, b_xst, input_precision=PREC) * scale
             m_c = o_t[:, None] <= o_t[None, :] if REVERSE else o_t[:, None] >= o_t[None, :]
             b_w = tl.where(m_c, 1.0 + b_w * (1.0 + 0.5 * b_w), 0.0)
@@ -496,37 +588,81 @@ def _apply_kernel(
                 b_n = tl.sum(b_w, 1)
             b_o = tl.dot(_operand(b_w, OP, PREC), b_ys, acc=b_o, input_precision=PREC)
 
-        b_o, b_n = _read(b_x, b_s0, b_z0, b_o, b_n, scale, 0, NORMALISE, F, FP, NQ, BF, OP, PREC)
+        b_o, b_n = _read(b_x, p_x, b_m, b_s0, b_z0, b_o, b_n, scale, i_0, NORMALISE, F, BF, OP, PREC, PARTS, GATHER)
         if CAUSAL:
-            b_s0, b_z0 = _absorb(b_xst, b_ys, b_m, b_m, b_s0, b_z0, 0, NORMALISE, False, EVEN, F, FP, NQ, BF, OP, PREC)
+            b_s0, b_z0 = _absorb(
+                b_xst, p_xs, b_ys, b_m, b_m, b_s0, b_z0, i_0, NORMALISE, False, EVEN, F, BF, OP, PREC, PARTS, GATHER
+            )
         if NB > 1:
-            b_o, b_n = _read(b_x, b_s1, b_z1, b_o, b_n, scale, 1, NORMALISE, F, FP, NQ, BF, OP, PREC)
+            b_o, b_n = _read(
+                b_x, p_x, b_m, b_s1, b_z1, b_o, b_n, scale, i_0 + 1, NORMALISE, F, BF, OP, PREC, PARTS, GATHER
+            )
             if CAUSAL:
                 b_s1, b_z1 = _absorb(
-                    b_xst, b_ys, b_m, b_m, b_s1, b_z1, 1, NORMALISE, False, EVEN, F, FP, NQ, BF, OP, PREC
+                    b_xst,
+                    p_xs,
+                    b_ys,
+                    b_m,
+                    b_m,
+                    b_s1,
+                    b_z1,
+                    i_0 + 1,
+                    NORMALISE,
+                    False,
+                    EVEN,
+                    F,
+                    BF,
+                    OP,
+                    PREC,
+                    PARTS,
+                    GATHER,
                 )
-            b_o, b_n = _read(b_x, b_s2, b_z2, b_o, b_n, scale, 2, NORMALISE, F, FP, NQ, BF, OP, PREC)
+            b_o, b_n = _read(
+                b_x, p_x, b_m, b_s2, b_z2, b_o, b_n, scale, i_0 + 2, NORMALISE, F, BF, OP, PREC, PARTS, GATHER
+            )
             if CAUSAL:
                 b_s2, b_z2 = _absorb(
-                    b_xst, b_ys, b_m, b_m, b_s2, b_z2, 2, NORMALISE, False, EVEN, F, FP, NQ, BF, OP, PREC
+                    b_xst,
+                    p_xs,
+                    b_ys,
+                    b_m,
+                    b_m,
+                    b_s2,
+                    b_z2,
+                    i_0 + 2,
+                    NORMALISE,
+                    False,
+                    EVEN,
+                    F,
+                    BF,
+                    OP,
+                    PREC,
+                    PARTS,
+                    GATHER,
                 )
 
+        p_o = o_ptr + o_t[:, None] * H * V + o_v[None, :]
+        if not INSIDE:
+            b_o += _load(p_o, m_v, EVEN)
         if NORMALISE:
-            b_o *= (1.0 / b_n)[:, None]
+            if not INSIDE:
+                b_n += _load(before_ptr + o_t * H, m_t, EVEN)
+            b_r = 1.0 / b_n
+            b_o *= (b_r if PARTS == 1 else tl.where(part == PARTS - 1, b_r, 1.0))[:, None]
             _store(norm_ptr + o_t * H, b_n, m_t, EVEN)  # the same from every tile of V
         if HAS_MASK:
             b_counts = tl.load(mask_ptr + base + o_t, mask=m_t, other=0) != 0
             b_o = tl.where(b_counts[:, None], b_o, 0.0)
-        _store(o_ptr + o_t[:, None] * H * V + o_v[None, :], b_o.to(o_ptr.dtype.element_ty), m_v, EVEN)
+        _store(p_o, b_o.to(o_ptr.dtype.element_ty), m_v, EVEN)
 
     if HAS_FINAL:  # noqa: SIM102  known when compiling, the inner one only when running
         if i_g == (0 if REVERSE else G - 1):
             p_kv = final_kv_ptr + i_bh.to(tl.int64) * (NQ + F + 1) * V
             p_z = final_z_ptr + i_bh.to(tl.int64) * (NQ + F + 1)
-            _store_public(p_kv, p_z, b_s0, b_z0, 0, o_v, i_v == 0, scale, F, NQ, V, BF)
+            _store_public(p_kv, p_z, b_s0, b_z0, i_0, o_v, i_v == 0, scale, F, V, BF)
             if NB > 1:
-                _store_public(p_kv, p_z, b_s1, b_z1, 1, o_v, i_v == 0, scale, F, NQ, V, BF)
-                _store_public(p_kv, p_z, b_s2, b_z2, 2, o_v, i_v == 0, scale, F, NQ, V, BF)
+                _store_public(p_kv, p_z, b_s1, b_z1, i_0 + 1, o_v, i_v == 0, scale, F, V, BF)
+                _store_public(p_kv, p_z, b_s2, b_z2, i_0 + 2, o_v, i_v == 0, scale, F, V, BF)
 
 
 # ---------------------------------------------------------------- gradients of q and k
@@ -547,43 +683,50 @@ def _normaliser_kernel(
 @triton.jit
 def _pull_back(
     b_x,
+    p_x,
+    b_m,
     b_y,
     b_c,
     b_s,
     b_z,
     b_dx,
     scale,
-    i_b: tl.constexpr,
+    i_b,
     F: tl.constexpr,
-    FP: tl.constexpr,
-    NQ: tl.constexpr,
     BF: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATHER: tl.constexpr,
 ):
     """Add to b_dx [C, FP] the gradient of x behind the features of block i_b, dphi(x) = S y + z c, c [C, 16]."""
-    b_w = _weights(i_b, scale, F, NQ, BF)
-    b_g = tl.dot(b_y, tl.trans(_operand(b_s * b_w[:, None], OP, PREC)), input_precision=PREC)
-    b_g = tl.dot(b_c, tl.trans(_z_operand(b_z, b_w, OP)), acc=b_g, input_precision=PREC)
-    if BF <= 128:
-        # One factor after the other: both at once would not fit in the registers.
-        x2 = _factors(b_x, i_b, 2, F, FP, NQ, BF, OP, PREC)
-        e1, _ = _select(i_b, 1, F, FP, NQ, BF, OP)
-        b_dx = tl.dot(_operand(b_g * x2, OP, PREC), e1, acc=b_dx, input_precision=PREC)
-        e2, _ = _select(i_b, 2, F, FP, NQ, BF, OP)
-        x1 = tl.dot(b_x, tl.trans(e1), input_precision=PREC)  # where it is 1, e2 picks nothing
-        b_dx = tl.dot(_operand(b_g * x1, OP, PREC), e2, acc=b_dx, input_precision=PREC)
+    e2, _ = _select(i_b, 2, F, b_x.shape[1], BF, OP)
+    if PARTS == 1 and not GATHER and b_x.shape[1] == F and BF % F == 0 and (i_b + 1) * BF <= F * (F + 1) // 2:
+        b_g = tl.dot(b_y, tl.trans(_operand(b_s, OP, PREC)), input_precision=PREC)
+        b_g = tl.dot(b_c, tl.trans(_z_operand(b_z, OP)), acc=b_g, input_precision=PREC)
+        b_1 = tl.reshape(b_g * _factors(b_x, i_b, 2, F, BF, OP, PREC, PARTS), (b_x.shape[0], BF // F, F))
+        if i_b == 0:
+            b_1 = tl.where((tl.arange(0, BF // F) == 0)[None, :, None], 0.5 * b_1, b_1)
+        b_dx += tl.sum(b_1, 1) * (scale * scale)
+        b_dx += tl.dot(_operand(b_g * _repeat(b_x, scale * scale, i_b, BF), OP, PREC), e2, input_precision=PREC)
     else:
-        # Separate one-hots would not fit in shared memory.
-        x12 = _factors(b_x, i_b, 3, F, FP, NQ, BF, OP, PREC)
-        x1, x2 = tl.split(tl.permute(tl.reshape(x12, (b_x.shape[0], 2, BF)), (0, 2, 1)))
-        e, _ = _select(i_b, 3, F, FP, NQ, BF, OP)
-        b_g = tl.reshape(tl.permute(tl.join(b_g * x2, b_g * x1), (0, 2, 1)), (b_x.shape[0], 2 * BF))
-        b_dx = tl.dot(_operand(b_g, OP, PREC), e, acc=b_dx, input_precision=PREC)
+        # One factor after the other: both at once would not fit in the registers.
+        b_w = _weights(i_b, scale, F, BF)
+        e1, _ = _select(i_b, 1, F, b_x.shape[1], BF, OP)
+        b_g = tl.dot(b_y, tl.trans(_operand(b_s * b_w[:, None], OP, PREC)), input_precision=PREC)
+        b_g = tl.dot(b_c, tl.trans(_z_operand(b_z * b_w[:, None], OP)), acc=b_g, input_precision=PREC)
+        if GATHER:
+            b_dx = _scatter(b_g * _gather(p_x, b_m, i_b, 2, False, F, BF), e1, b_dx, OP, PREC)
+            b_dx = _scatter(b_g * _gather(p_x, b_m, i_b, 1, False, F, BF), e2, b_dx, OP, PREC)
+        else:
+            x2 = _factors(b_x, i_b, 2, F, BF, OP, PREC, PARTS)
+            b_dx = _scatter(b_g * x2, e1, b_dx, OP, PREC)
+            x1 = tl.dot(b_x, tl.trans(e1), input_precision=PREC)  # where it is 1, e2 picks nothing
+            b_dx = _scatter(b_g * x1, e2, b_dx, OP, PREC)
     return b_dx
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part"])
 def _dx_kernel(
     x_ptr,
     y_ptr,
@@ -600,6 +743,7 @@ def _dx_kernel(
     T,
     G,
     num_chunks,
+    part,
     partial_stride,
     CAUSAL: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -617,6 +761,9 @@ def _dx_kernel(
     NB: tl.constexpr,
     OP: tl.constexpr,
     PREC: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    INSIDE: tl.constexpr,
 ):
     """Gradient of x_i through w_ij (y_i.y_j + c_i c_j) over j <= i (REVERSE: j >= i) and the state at the start.
 
@@ -624,6 +771,10 @@ def _dx_kernel(
     One part per tile of V; c counts in the first. Without CAUSAL only the state at the start is read.
     """
     NQ: tl.constexpr = F * (F + 1) // 2
+    if PARTS == 1:
+        i_0: tl.constexpr = 0
+    else:
+        i_0 = part * NB
     i_v, i_g, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_h = i_bh // H, i_bh % H
     o_f, o_v, o_c = tl.arange(0, FP), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
@@ -635,15 +786,15 @@ def _dx_kernel(
     c_ptr += base * H + i_h
     dx_ptr += (base * H + i_h) * F + i_v * partial_stride.to(tl.int64)
     i_s = i_bh.to(tl.int64) * G + i_g if CAUSAL else i_bh.to(tl.int64)
-    start_kv_ptr += i_s * (NB * BF) * V
-    start_z_ptr += i_s * (NB * BF)
+    start_kv_ptr += i_s * (PARTS * NB * BF) * V
+    start_z_ptr += i_s * (PARTS * NB * BF)
 
-    b_s0, b_z0 = _load_start(start_kv_ptr, start_z_ptr, 0, o_v, HAS_START, V, BV, BF)
+    b_s0, b_z0 = _load_start(start_kv_ptr, start_z_ptr, i_0, o_v, HAS_START, V, BV, BF)
     b_z0 = _spread(b_z0)
     if NB > 1:
-        b_s1, b_z1 = _load_start(start_kv_ptr, start_z_ptr, 1, o_v, HAS_START, V, BV, BF)
+        b_s1, b_z1 = _load_start(start_kv_ptr, start_z_ptr, i_0 + 1, o_v, HAS_START, V, BV, BF)
         b_z1 = _spread(b_z1)
-        b_s2, b_z2 = _load_start(start_kv_ptr, start_z_ptr, 2, o_v, HAS_START, V, BV, BF)
+        b_s2, b_z2 = _load_start(start_kv_ptr, start_z_ptr, i_0 + 2, o_v, HAS_START, V, BV, BF)
         b_z2 = _spread(b_z2)
     first = i_g * num_chunks
     last = tl.minimum(first + num_chunks, tl.cdiv(T, C))
@@ -655,6 +806,7 @@ def _dx_kernel(
         b_x = _load(x_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
         b_y = _operand(_load(y_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN), OP, PREC)
         b_m = m_t.to(tl.float32)
+        p_x, p_xs = x_ptr + o_t * H * F, xs_ptr + o_t * H * F
         if CAUSAL:
             b_xs = _load(xs_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
             b_ys = _operand(_load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN), OP, PREC)
@@ -668,36 +820,47 @@ def _dx_kernel(
         b_dx = tl.zeros([C, FP], tl.float32)
         if CAUSAL:
             b_xst = tl.trans(b_xs)
+        if CAUSAL and INSIDE:
             b_ds = tl.dot(b_x, b_xst, input_precision=PREC) * scale
             b_g = tl.dot(b_y, tl.trans(b_ys), input_precision=PREC) + b_c[:, None] * b_cs[None, :]
             m_c = o_t[:, None] <= o_t[None, :] if REVERSE else o_t[:, None] >= o_t[None, :]
             b_ds = tl.where(m_c, (1.0 + b_ds) * b_g * scale, 0.0)
-            b_cs = _columns(b_cs, OP)
             b_dx = tl.dot(_operand(b_ds, OP, PREC), b_xs, acc=b_dx, input_precision=PREC)
-
-        b_dx = _pull_back(b_x, b_y, b_r, b_s0, b_z0, b_dx, scale, 0, F, FP, NQ, BF, OP, PREC)
         if CAUSAL:
-            b_s0, b_z0 = _absorb(b_xst, b_ys, b_cs, b_m, b_s0, b_z0, 0, True, True, EVEN, F, FP, NQ, BF, OP, PREC)
+            b_cs = _columns(b_cs, OP)
+
+        b_dx = _pull_back(b_x, p_x, b_m, b_y, b_r, b_s0, b_z0, b_dx, scale, i_0, F, BF, OP, PREC, PARTS, GATHER)
+        if CAUSAL:
+            b_s0, b_z0 = _absorb(
+                b_xst, p_xs, b_ys, b_cs, b_m, b_s0, b_z0, i_0, True, True, EVEN, F, BF, OP, PREC, PARTS, GATHER
+            )
         if NB > 1:
-            b_dx = _pull_back(b_x, b_y, b_r, b_s1, b_z1, b_dx, scale, 1, F, FP, NQ, BF, OP, PREC)
+            b_dx = _pull_back(b_x, p_x, b_m, b_y, b_r, b_s1, b_z1, b_dx, scale, i_0 + 1, F, BF, OP, PREC, PARTS, GATHER)
             if CAUSAL:
-                b_s1, b_z1 = _absorb(b_xst, b_ys, b_cs, b_m, b_s1, b_z1, 1, True, True, EVEN, F, FP, NQ, BF, OP, PREC)
-            b_dx = _pull_back(b_x, b_y, b_r, b_s2, b_z2, b_dx, scale, 2, F, FP, NQ, BF, OP, PREC)
+                b_s1, b_z1 = _absorb(
+                    b_xst, p_xs, b_ys, b_cs, b_m, b_s1, b_z1, i_0 + 1, True, True, EVEN, F, BF, OP, PREC, PARTS, GATHER
+                )
+            b_dx = _pull_back(b_x, p_x, b_m, b_y, b_r, b_s2, b_z2, b_dx, scale, i_0 + 2, F, BF, OP, PREC, PARTS, GATHER)
             if CAUSAL:
-                b_s2, b_z2 = _absorb(b_xst, b_ys, b_cs, b_m, b_s2, b_z2, 2, True, True, EVEN, F, FP, NQ, BF, OP, PREC)
+                b_s2, b_z2 = _absorb(
+                    b_xst, p_xs, b_ys, b_cs, b_m, b_s2, b_z2, i_0 + 2, True, True, EVEN, F, BF, OP, PREC, PARTS, GATHER
+                )
         if HAS_MASK:
             b_counts = tl.load(mask_ptr + base + o_t, mask=m_t, other=0) != 0
             b_dx = tl.where(b_counts[:, None], b_dx, 0.0)
-        _store(dx_ptr + o_t[:, None] * H * F + o_f[None, :], b_dx.to(dx_ptr.dtype.element_ty), m_f, EVEN)
+        p_dx = dx_ptr + o_t[:, None] * H * F + o_f[None, :]
+        if not INSIDE:
+            b_dx += _load(p_dx, m_f, EVEN)
+        _store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), m_f, EVEN)
 
     if HAS_FINAL:  # noqa: SIM102  known when compiling, the inner one only when running
         if i_g == (0 if REVERSE else G - 1):
             p_kv = final_kv_ptr + i_bh.to(tl.int64) * (NQ + F + 1) * V
             p_z = final_z_ptr + i_bh.to(tl.int64) * (NQ + F + 1)
-            _store_public(p_kv, p_z, b_s0, _total(b_z0), 0, o_v, i_v == 0, scale, F, NQ, V, BF)
+            _store_public(p_kv, p_z, b_s0, _total(b_z0), i_0, o_v, i_v == 0, scale, F, V, BF)
             if NB > 1:
-                _store_public(p_kv, p_z, b_s1, _total(b_z1), 1, o_v, i_v == 0, scale, F, NQ, V, BF)
-                _store_public(p_kv, p_z, b_s2, _total(b_z2), 2, o_v, i_v == 0, scale, F, NQ, V, BF)
+                _store_public(p_kv, p_z, b_s1, _total(b_z1), i_0 + 1, o_v, i_v == 0, scale, F, V, BF)
+                _store_public(p_kv, p_z, b_s2, _total(b_z2), i_0 + 2, o_v, i_v == 0, scale, F, V, BF)
 
 
 # ---------------------------------------------------------------- decode step
