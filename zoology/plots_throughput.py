@@ -159,6 +159,40 @@ def recall(frame: pd.DataFrame, document: dict[str, Any]) -> pd.DataFrame:
     return table.merge(timed, on="point_id", how="inner")
 
 
+KERNELS = {
+    "matrix products": ("nvjet", "gemm", "cublas", "splitk"),
+    "attention": ("flash", "cached_attention", "fmha"),
+    "linear attention": ("_apply_kernel", "_state_kernel", "_step_kernel", "taylor"),
+    "scan and convolution": ("selective_scan", "conv1d"),
+    "small fused operations": ("triton_",),
+}
+"""What a kernel is, by the first of these that its name has in it; what torch.compile made is called triton_..."""
+
+
+def time_by_kernel(document: dict[str, Any], kind: str) -> pd.DataFrame:
+    """Milliseconds of a profiled point by what its kernels are (rows) and model (columns), as far as they are listed.
+
+    Of generation it is one step. Raises ValueError if no point of the kind was profiled.
+    """
+    times: dict[str, dict[str, float]] = {}
+    for record in document["records"]:
+        if record["kind"] != kind or "longest_kernels" not in record:
+            continue
+        of_model = times.setdefault(record["model"], dict.fromkeys([*KERNELS, "everything else"], 0.0))
+        for kernel in record["longest_kernels"]:
+            of_model[_what(kernel["name"])] += kernel["ms"]
+    if not times:
+        raise ValueError(f"no {kind} was profiled: must be records of `zoology.throughput --profile`")
+    return pd.DataFrame(times)
+
+
+def _what(name: str) -> str:
+    name = name.lower()
+    if name.startswith("triton_"):
+        return "small fused operations"
+    return next((what for what, parts in KERNELS.items() if any(part in name for part in parts)), "everything else")
+
+
 # -- tables as Markdown -------------------------------------------------------------------------------------
 
 

@@ -48,6 +48,7 @@ from zoology.runner.plan import load_sweep
 
 MODELS = "attention-1.3b,based-1.3b,mamba-1.3b,jrt-1.3b"
 SEGMENT = 128  # tokens
+PROFILED_STEPS = 8
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TINY_VOCABULARY = 8192  # of models given as text
 
@@ -138,8 +139,10 @@ def spread(times: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(times), "low": float(low), "high": float(high), "repeats": len(times)}
 
 
-def longest_kernels(run: Callable[[], Any], device: torch.device, count: int = 12) -> list[dict[str, Any]]:
-    """The kernels (on a CPU the operators) that took longest in one `run`: name, calls, milliseconds, share of all."""
+def longest_kernels(
+    run: Callable[[], Any], device: torch.device, steps: int = 1, count: int = 40
+) -> list[dict[str, Any]]:
+    """The kernels (on a CPU the operators) that take longest in one of the `steps` of `run`: name, calls, ms, share."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device.type == "cuda"
@@ -148,10 +151,14 @@ def longest_kernels(run: Callable[[], Any], device: torch.device, count: int = 1
         if cuda:
             torch.cuda.synchronize(device)
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    found = [(getattr(event, key) / 1e3, event) for event in profiler.key_averages()]
+    found = [(getattr(event, key) / 1e3 / steps, event) for event in profiler.key_averages()]
     total = sum(ms for ms, _ in found)
     found.sort(key=lambda pair: -pair[0])
-    return [{"name": e.key[:120], "calls": e.count, "ms": ms, "share": ms / total} for ms, e in found[:count] if ms > 0]
+    return [
+        {"name": event.key[:120], "calls": event.count / steps, "ms": ms, "share": ms / total}
+        for ms, event in found[:count]
+        if ms > 0
+    ]
 
 
 # -- one point ----------------------------------------------------------------------------------------------
@@ -203,7 +210,7 @@ class Bench:
             fused = "auto" if self.effort.compiled else False
             decoder = Decoder(self.model, point.batch, point.length + point.new_tokens, compiled=fused)
             prompt = self._tokens(point.batch, point.length)
-            decoder.decode(first(), min(sizes[0], 8))
+            decoder.decode(first(), min(point.new_tokens, PROFILED_STEPS))
         times = repeated(run, self.effort)
         sizes_of_state, segments, done = element_sizes(decoder.state.layers), [], point.length
         for size, taken in zip(sizes, zip(*times)):
@@ -215,7 +222,8 @@ class Bench:
         record = self._timed([sum(taken) for taken in times], point.batch * point.new_tokens)
         record["bound_ms"] = sum(part["tokens"] * part["bound"]["ms"] for part in segments)
         record = self._with_share(record) | {"segments": segments} | self._machine(decoder)
-        return record | self._profiled(point.kind, lambda tokens: decoder.decode(tokens, 8), first)
+        steps = min(point.new_tokens, PROFILED_STEPS)
+        return record | self._profiled(point.kind, steps, lambda tokens: decoder.decode(tokens, steps), first)
 
     def _prefill(self, point: Point) -> dict[str, Any]:
         prefix_length = self._prefix_length(point)
@@ -239,18 +247,18 @@ class Bench:
         )
         bound = self._bound(moved)
         record |= {"prefix_length": prefix_length, "bound_ms": bound["bound"]["ms"], **bound}
-        return self._with_share(record) | self._machine(decoder) | self._profiled(point.kind, lambda _: run())
+        return self._with_share(record) | self._machine(decoder) | self._profiled(point.kind, 1, lambda _: run())
 
     def _profiled(
-        self, kind: str, run: Callable[[Any], Any], before: Callable[[], Any] = lambda: None
+        self, kind: str, steps: int, run: Callable[[Any], Any], before: Callable[[], Any] = lambda: None
     ) -> dict[str, Any]:
-        """The longest kernels of `run`, which is given what `before` returns, if they are asked for."""
+        """The longest kernels of a step of `run`, which is given what `before` returns, if they are asked for."""
         if not self.effort.profile or kind in self.profiled:
             return {}
         self.profiled.add(kind)
         with locked(self.effort.lock, alone=True):
             given = before()
-            return {"longest_kernels": longest_kernels(lambda: run(given), self.device)}
+            return {"longest_kernels": longest_kernels(lambda: run(given), self.device, steps)}
 
     def _tokens(self, batch: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)

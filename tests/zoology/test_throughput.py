@@ -132,8 +132,8 @@ def test_presets_are_cut_short_for_a_try():
 
 def test_the_longest_operators_are_listed():
     a = torch.randn(64, 64)
-    found = throughput.longest_kernels(lambda: a @ a, torch.device("cpu"))
-    assert any(kernel["name"] == "aten::mm" and kernel["calls"] == 1 for kernel in found)
+    found = throughput.longest_kernels(lambda: [a @ a for _ in range(6)], torch.device("cpu"), steps=3)
+    assert any(kernel["name"] == "aten::mm" and kernel["calls"] == 2 for kernel in found)
     assert 0.5 < sum(kernel["share"] for kernel in found) <= 1 + 1e-9
 
 
@@ -277,6 +277,7 @@ def document():
     records = [made_up(model, batch) for model in NAMES for batch in (1, 128, 512)]
     records += [lost(NAMES[0], 1024), made_up(NAMES[1], 1024)]
     records += [prefilled(NAMES[0], n, 200.0 - n / 1000) for n in (2048, 4096)]
+    records[-1]["longest_kernels"] = [{"name": "nvjet", "calls": 1.0, "ms": 12.5, "share": 1.0}]
     records += [prefilled(NAMES[1], n, 220.0) for n in (2048, 4096)]
     kernel = {"kind": "kernel", "dtype": "bfloat16", "ms_20": 1.0, "ms_80": 1.0, "share_of_limit": 0.5}
     layers = (
@@ -384,6 +385,22 @@ def test_the_prefill_figure_is_a_line_for_each_model(document):
     assert curve(share, "s") == pytest.approx({2048: 40, 4096: 40})
 
 
+def test_the_time_of_a_step_by_kernel(document):
+    kernels = {"nvjet_tst_1": 1.0, "splitKreduce": 0.5, "flash_fwd": 2.0, "_step_kernel": 0.25, "copy": 4.0}
+    kernels["triton_red_fused_flash"] = 0.125
+    listed = [{"name": name, "calls": 1.0, "ms": ms, "share": 0.1} for name, ms in kernels.items()]
+    profiled = document | {"records": [made_up(NAMES[1], 128) | {"longest_kernels": listed}]}
+    assert plots_throughput.time_by_kernel(profiled, "generation")[NAMES[1]].to_dict() == {
+        "matrix products": 1.5, "attention": 2.0, "linear attention": 0.25, "scan and convolution": 0.0,
+        "small fused operations": 0.125, "everything else": 4.0,
+    }  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"no prefill was profiled: must be records of `zoology\.throughput --profile`"
+    ):
+        plots_throughput.time_by_kernel(profiled, "prefill")
+    assert plots_throughput.time_by_kernel(document, "prefill")[NAMES[0]]["matrix products"] == 12.5
+
+
 # -- tables -------------------------------------------------------------------------------------------------
 
 
@@ -445,5 +462,5 @@ def test_the_notebook_runs(document, recalled, results_directory, tmp_path, monk
     assert len(drawn) == 4
     assert min(map(len, drawn)) > 20_000
     tables = [output["data"]["text/plain"] for (output,) in outputs[1:] if "image/png" not in output["data"]]
-    words = ("24.28", "3671.8", "161.7", "JRT-RNN", "attention")
-    assert [word in table for word, table in zip(words, tables)] == [True] * 5
+    words = ("24.28", "3671.8", "161.7", "12.5", "JRT-RNN", "attention")
+    assert [word in table for word, table in zip(words, tables)] == [True] * 6
