@@ -14,6 +14,7 @@ is not measured again, and every point is written as soon as it is there.
 
 The bound of a step is the longer of two times: bytes over the bandwidth of a copy, and operations over the rate of a
 matrix product, both measured in the same run (`zoology.benchmark.measure_ceilings`); `zoology.bounds` says what counts.
+A copy reads as much as it writes; what only reads can be a little faster than that, and so beat its bound.
 """
 
 from __future__ import annotations
