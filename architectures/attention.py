@@ -22,8 +22,8 @@ MAX_FLASH_HEAD_DIM = 256
 class AttentionState(NamedTuple):
     """KV cache, allocated at the longest length: memory that grows with the sequence."""
 
-    keys: Tensor  # [B, max_seq_len, H, K]
-    values: Tensor  # [B, max_seq_len, H, K]
+    keys: Tensor  # [B, max_seq_len, H, K'], K' the width that `cache_width` gives
+    values: Tensor  # [B, max_seq_len, H, K']
     position: Tensor  # [], int64, tokens seen
 
 
@@ -40,22 +40,38 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, backend: str
     return o.transpose(1, 2)
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
+def cache_width(head_dim: int) -> int:
+    """Entries that a cache keeps of each head: from 64 on a multiple of 8, the 16 bytes that memory is read in.
+
+    What is filled up is zero, is moved like the rest, and counts as state like the rest.
+    """
+    return head_dim if head_dim < 64 else -(-head_dim // 8) * 8
+
+
+def widen(x: Tensor, width: int) -> Tensor:
+    """[..., K] filled up with zeros to [..., width]."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None
+) -> Tensor:
     """Causal attention q k v [B, T, H, K] -> [B, T, H, K] by flash-attn, to the last `window` tokens if given."""
     from flash_attn import flash_attn_func
 
     # flash-attn counts the tokens to the left of the current one, and means "all of them" by -1.
     left = -1 if window is None else window - 1
     q, k, v = autocast_inputs(q, k, v)
-    return flash_attn_func(q, k, v, causal=True, window_size=(left, 0 if window is not None else -1))
+    right = 0 if window is not None else -1
+    return flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=(left, right))
 
 
 @torch.library.custom_op(
     "zoology::flash_cached_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor keys, Tensor values, Tensor length) -> Tensor",
+    schema="(Tensor q, Tensor keys, Tensor values, Tensor length, float scale) -> Tensor",
 )
-def flash_cached_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
+def flash_cached_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, scale: float) -> Tensor:
     """The queries q [B, T, H, K] of the last T of `length` [] tokens, causally, over a KV cache; no gradient.
 
     An operator, because flash-attn's own function cannot be compiled. It copies the cache where K is no multiple of 8.
@@ -63,11 +79,12 @@ def flash_cached_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tens
     from flash_attn import flash_attn_with_kvcache
 
     lengths = length.to(torch.int32).expand(q.shape[0]).contiguous()
-    return flash_attn_with_kvcache(q.contiguous(), keys, values, cache_seqlens=lengths, causal=True)
+    o = flash_attn_with_kvcache(q.contiguous(), keys, values, cache_seqlens=lengths, softmax_scale=scale, causal=True)
+    return o.contiguous()
 
 
 @flash_cached_attention.register_fake
-def _(q, keys, values, length):
+def _(q, keys, values, length, scale):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -106,32 +123,45 @@ class SelfAttention(SequenceMixer):
             k = rotary(k, positions, fraction=self.rotary_fraction)
         return q, k, v
 
+    def _caches(self, batch_size: int, slots: int, device, dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Empty keys, values and position."""
+        like = self.like_parameters(device, dtype)
+        shape = (batch_size, slots, self.num_heads, cache_width(self.head_dim))
+        position = torch.zeros((), dtype=torch.int64, device=like["device"])
+        return torch.zeros(shape, **like), torch.zeros(shape, **like), position
+
+    def _write(self, cache: Tensor, at: Tensor, x: Tensor) -> Tensor:
+        """Put x [B, T, H, K] into slots `at` [T] of a cache."""
+        cache.index_copy_(1, at, widen(x, cache.shape[-1]).to(cache.dtype))
+        return cache
+
     def _step(self, x: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
         """One token x [B, D] joins the cache, in slot position mod S, and reads what is in it -> [B, D]."""
         at = position.reshape(1)
         q, k, v = self._project(x.unsqueeze(1), at)
         slot = at % keys.shape[1]
-        keys.index_copy_(1, slot, k.to(keys.dtype))
-        values.index_copy_(1, slot, v.to(values.dtype))
+        self._write(keys, slot, k)
+        self._write(values, slot, v)
         backend = self.backend_for(x)
-        if keys.dtype == q.dtype and not backends.wants_grad(q, keys, values):
-            o = self._read_cache(q[:, 0], keys, values, position, backend)
-        else:
-            used = torch.arange(keys.shape[1], device=x.device) <= position
-            o = masked_attention(q, keys.to(q.dtype), values.to(q.dtype), used[None], self._beside_flash(backend))[:, 0]
-        return self.out_proj(merge_heads(o))
+        if keys.dtype != q.dtype or backends.wants_grad(q, keys, values):
+            keys, values, backend = keys.to(q.dtype), values.to(q.dtype), self._beside_flash(backend)
+        return self.out_proj(merge_heads(self._read_cache(q, keys, values, position, backend)[:, 0]))
 
     def _read_cache(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor, backend: str) -> Tensor:
-        """q [B, H, K] over the slots in use, in the kernel that is fastest with them; no gradient."""
-        if backend == "reference":
-            return kernels.cached_attention(q, keys, values, position, backend="reference")
-        if self.backend == "flash-attn":
-            return flash_cached_attention(q[:, None], keys, values, (position + 1).clamp(max=keys.shape[1]))[:, 0]
-        if self.backend == "auto" and triton_refusal(q, keys) is None:
+        """q [B, 1, H, K], the token at `position`, over the slots in use."""
+        width, scale = keys.shape[-1], self.head_dim**-0.5
+        if backend == "flash-attn" and self.backend == "flash-attn":
+            used = (position + 1).clamp(max=keys.shape[1])
+            return flash_cached_attention(widen(q, width), keys, values, used, scale)[..., : self.head_dim]
+        wide = widen(q, width)[:, 0]
+        chosen = self.backend == "auto" and backend != "reference" and not backends.wants_grad(q, keys, values)
+        if chosen and triton_refusal(wide, keys) is None:
             self.ran_beside("triton")
-            return kernels.cached_attention(q, keys, values, position, backend="triton")
+            o = kernels.cached_attention(wide, keys, values, position, scale=scale, backend="triton")
+            return o[:, None, :, : self.head_dim]
         used = torch.arange(keys.shape[1], device=q.device) <= position
-        return masked_attention(q[:, None], keys, values, used[None], self._beside_flash(backend))[:, 0]
+        keys, values = keys[..., : self.head_dim], values[..., : self.head_dim]
+        return masked_attention(q, keys, values, used[None], self._beside_flash(backend))
 
     def _beside_flash(self, backend: str) -> str:
         """What runs where flash-attn has no kernel: its kernel for caches wants one dtype, and has no gradient."""
@@ -164,19 +194,18 @@ class Attention(SelfAttention):
         return self.out_proj(merge_heads(self._attend_causally(q, k, v, self.backend_for(x))))
 
     def _attend_causally(self, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+        """q k v [B, T, H, K], filled up with zeros or not."""
+        scale = self.head_dim**-0.5
         if backend == "flash-attn":
-            return flash_attention(q, k, v)
+            return flash_attention(q, k, v, scale=scale)
         if backend == "sdpa":
             q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
         causal = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
         return masked_attention(q, k, v, causal, "reference")
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> AttentionState:
-        like = self.like_parameters(device, dtype)
-        shape = (batch_size, max_seq_len, self.num_heads, self.head_dim)
-        position = torch.zeros((), dtype=torch.int64, device=like["device"])
-        return AttentionState(torch.zeros(shape, **like), torch.zeros(shape, **like), position)
+        return AttentionState(*self._caches(batch_size, max_seq_len, device, dtype))
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         self.check_state(x, state)
@@ -191,10 +220,12 @@ class Attention(SelfAttention):
         self.check_state(x, state)
         length = x.shape[1]
         check_room(state.position, length, state.keys.shape[1])
-        q, k, v = self._project(x, torch.arange(length, device=x.device))
+        q, k, v = (
+            widen(part, state.keys.shape[-1]) for part in self._project(x, torch.arange(length, device=x.device))
+        )
         state.keys[:, :length] = k
         state.values[:, :length] = v
-        o = self._attend_causally(q, k, v, backend)
+        o = self._attend_causally(q, k, v, backend)[..., : self.head_dim]
         return self.out_proj(merge_heads(o)), AttentionState(state.keys, state.values, state.position + length)
 
     def prefill(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
@@ -203,14 +234,15 @@ class Attention(SelfAttention):
         check_room(state.position, length, capacity)
         positions = state.position + torch.arange(length, device=x.device)
         q, k, v = self._project(x, positions)
-        keys = state.keys.index_copy_(1, positions, k.to(state.keys.dtype))
-        values = state.values.index_copy_(1, positions, v.to(state.values.dtype))
+        keys, values = self._write(state.keys, positions, k), self._write(state.values, positions, v)
         backend = self.backend_for(x)
         if keys.dtype != q.dtype or backends.wants_grad(q, keys, values):
             backend = self._beside_flash(backend)
         if backend == "flash-attn":
-            o = flash_cached_attention(q, keys, values, state.position + length)
+            wide, scale = widen(q, keys.shape[-1]), self.head_dim**-0.5
+            o = flash_cached_attention(wide, keys, values, state.position + length, scale)[..., : self.head_dim]
         else:
             seen = torch.arange(capacity, device=x.device)[None] <= positions[:, None]
-            o = masked_attention(q, keys.to(q.dtype), values.to(q.dtype), seen, backend)
+            exact = (part[..., : self.head_dim].to(q.dtype) for part in (keys, values))
+            o = masked_attention(q, *exact, seen, backend)
         return self.out_proj(merge_heads(o)), AttentionState(keys, values, state.position + length)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -62,17 +61,18 @@ class BaseConv(SequenceMixer):
 
     def prefill(self, x: Tensor, state: BaseConvState) -> tuple[Tensor, BaseConvState]:
         self.check_state(x, state)
-        return self._run(x, state, self.conv.prefill)
+        if self.expand is None:
+            y, tail = self.conv.prefill(x, state.conv)
+            return y * self.projection(x) + x, BaseConvState(tail)
+        convolved, gate = self.in_proj(x).chunk(2, dim=-1)
+        y, tail = self.conv.prefill(convolved, state.conv)
+        return self.out_proj(y * gate), BaseConvState(tail)
 
     def step(self, x: Tensor, state: BaseConvState) -> tuple[Tensor, BaseConvState]:
         self.check_state(x, state)
-        return self._run(x, state, self.conv.step)
-
-    def _run(self, x: Tensor, state: BaseConvState, convolve: Callable) -> tuple[Tensor, BaseConvState]:
-        """x [B, T, D] or, one token, [B, D]."""
         if self.expand is None:
-            y, tail = convolve(x, state.conv)
-            return y * self.projection(x) + x, BaseConvState(tail)
+            y, tail = self.conv.step(x, state.conv, self.projection(x))
+            return y + x, BaseConvState(tail)
         convolved, gate = self.in_proj(x).chunk(2, dim=-1)
-        y, tail = convolve(convolved, state.conv)
-        return self.out_proj(y * gate), BaseConvState(tail)
+        y, tail = self.conv.step(convolved, state.conv, gate)
+        return self.out_proj(y), BaseConvState(tail)

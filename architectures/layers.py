@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.convolution_step import convolution_step, triton_refusal
+
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """[..., H * K] -> [..., H, K]."""
@@ -62,10 +64,16 @@ class ShortConvolution(nn.Module):
         extended = torch.cat([tail.to(x.dtype), x], dim=1)
         return self._convolve(extended, x.shape[1]), extended[:, x.shape[1] :].to(tail.dtype)
 
-    def step(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, D], tail -> [B, D], tail."""
+    def step(self, x: Tensor, tail: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, D], tail -> [B, D], times `gate` if given, and the tail, which may be written to."""
+        given = [part for part in (x, tail, self.weight, self.bias, gate) if part is not None]
+        if triton_refusal(given) is None:
+            return convolution_step(
+                x, tail, self.weight, self.bias, activation=self.activation, gate=gate, backend="triton"
+            )
         y, tail = self.prefill(x.unsqueeze(1), tail)
-        return y.squeeze(1), tail
+        y = y.squeeze(1)
+        return (y if gate is None else y * gate), tail
 
     def _convolve(self, extended: Tensor, length: int) -> Tensor:
         # A few shifted products are faster than conv1d on CPU, and fuse into one kernel under torch.compile.
@@ -94,8 +102,10 @@ def rotary(x: Tensor, positions: Tensor, *, fraction: float = 1.0, base: float =
     width = int(x.shape[-1] * fraction)
     if width % 2:
         raise ValueError(f"rotary embedding needs an even width, got {width} of head_dim {x.shape[-1]}")
-    frequencies = base ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width)
-    angles = (positions.to(torch.float64)[:, None] * frequencies).to(torch.promote_types(x.dtype, torch.float32))
+    # A compiler computes the angles again for every element that they turn: exp2 and one precision are what that bears.
+    exact = torch.promote_types(x.dtype, torch.float32)
+    exponents = torch.arange(0, width, 2, device=x.device, dtype=exact) * (-math.log2(base) / width)
+    angles = positions.to(exact)[:, None] * torch.exp2(exponents)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     first, second = x[..., : width // 2], x[..., width // 2 : width]
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., width:]], dim=-1)

@@ -15,8 +15,8 @@ from architectures.registry import register
 class SlidingWindowState(NamedTuple):
     """Ring buffer: token t sits in slot t mod window."""
 
-    window_k: Tensor  # [B, window, H, K]
-    window_v: Tensor  # [B, window, H, K]
+    window_k: Tensor  # [B, window, H, K'], K' the width that `cache_width` gives
+    window_v: Tensor  # [B, window, H, K']
     position: Tensor  # [], int64, tokens seen
 
 
@@ -50,10 +50,7 @@ class SlidingWindow(SelfAttention):
         return self.out_proj(merge_heads(o))
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> SlidingWindowState:
-        like = self.like_parameters(device, dtype)
-        shape = (batch_size, min(self.window, max_seq_len), self.num_heads, self.head_dim)
-        position = torch.zeros((), dtype=torch.int64, device=like["device"])
-        return SlidingWindowState(torch.zeros(shape, **like), torch.zeros(shape, **like), position)
+        return SlidingWindowState(*self._caches(batch_size, min(self.window, max_seq_len), device, dtype))
 
     def step(self, x: Tensor, state: SlidingWindowState) -> tuple[Tensor, SlidingWindowState]:
         self.check_state(x, state)
@@ -77,8 +74,8 @@ class SlidingWindow(SelfAttention):
         held = state.position - 1 - (state.position - 1 - slot) % slots
         # Only the first tokens reach back into the ring buffer: out of order and partly empty, it needs a mask.
         first = min(length, slots)
-        keys = torch.cat([state.window_k.to(k.dtype), k[:, :first]], dim=1)
-        values = torch.cat([state.window_v.to(v.dtype), v[:, :first]], dim=1)
+        held_k, held_v = (part[..., : self.head_dim].to(k.dtype) for part in (state.window_k, state.window_v))
+        keys, values = torch.cat([held_k, k[:, :first]], dim=1), torch.cat([held_v, v[:, :first]], dim=1)
         backend = self.backend_for(x)
         of = torch.cat([held, positions[:first]])
         o = self._attend(q[:, :first], keys, values, positions[:first], of, self._beside_flash(backend))
@@ -91,9 +88,9 @@ class SlidingWindow(SelfAttention):
         length, slots = k.shape[1], state.window_k.shape[1]
         kept = min(length, slots)
         into = positions[length - kept :] % slots
-        window_k = state.window_k.index_copy_(1, into, k[:, length - kept :].to(state.window_k.dtype))
-        window_v = state.window_v.index_copy_(1, into, v[:, length - kept :].to(state.window_v.dtype))
-        return SlidingWindowState(window_k, window_v, state.position + length)
+        self._write(state.window_k, into, k[:, length - kept :])
+        self._write(state.window_v, into, v[:, length - kept :])
+        return SlidingWindowState(state.window_k, state.window_v, state.position + length)
 
     def _attend_alone(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, backend: str) -> Tensor:
         """Tokens that read each other within the window, and nothing else."""

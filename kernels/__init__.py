@@ -6,6 +6,7 @@ otherwise let whichever was imported last win.
 """
 
 from kernels.cached_attention import cached_attention
+from kernels.convolution_step import convolution_step
 from kernels.delta_rule import delta_rule, delta_rule_step, dplr_delta_rule, dplr_delta_rule_step
 from kernels.fft_conv import fft_conv, fft_conv_step
 from kernels.linear_cross_entropy import linear_argmax, linear_cross_entropy
@@ -17,6 +18,7 @@ from kernels.wkv import wkv, wkv_step
 
 __all__ = [
     "cached_attention",
+    "convolution_step",
     "delta_rule",
     "delta_rule_step",
     "dplr_delta_rule",

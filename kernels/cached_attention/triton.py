@@ -11,12 +11,16 @@ from torch import Tensor
 
 MIN_SLOTS_PER_SPLIT = 256
 MAX_SPLITS = 64
+BLOCK_BYTES = 8192
+NUM_WARPS = 4
 
 
 @triton.jit
-def _load_slots(p, n, m_n, o_k, H: tl.constexpr, K: tl.constexpr):
-    """Slots n of one head, [BN, KP]."""
-    return tl.load(p + n[:, None] * (H * K) + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
+def _load_slots(p, n, m_n, o_k, STRIDE: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr):
+    """Slots n, [BN, width of o_k]; WHOLE: all of these entries are below K."""
+    if WHOLE:
+        return tl.load(p + n[:, None] * STRIDE + o_k[None, :], mask=m_n[:, None], other=0.0)
+    return tl.load(p + n[:, None] * STRIDE + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -31,56 +35,75 @@ def _cached_attention_kernel(
     scale,
     H: tl.constexpr,
     K: tl.constexpr,
-    KP: tl.constexpr,
+    KA: tl.constexpr,
+    KB: tl.constexpr,
     BN: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """One part of one head's cache: o = sum_n exp(s_n) v_n / sum_n exp(s_n), s_n = scale q.k_n.
 
     Each of BN lanes goes through its own slots with a maximum and sums of its own: the lanes meet once, at the end.
-    With SPLITS > 1 the sums, and log2 of their scale, go to `part` [B*H, SPLITS, KP + 2].
+    A row of K entries is read as KA and KB of them, powers of two, so that few threads are idle. With SPLITS > 1 the
+    sums, and log2 of their scale, go to `part` [B*H, SPLITS, K + 2].
     """
     i_bh = tl.program_id(0).to(tl.int64)
     i_s = tl.program_id(1)
     i_b, i_h = i_bh // H, i_bh % H
-    used = tl.minimum(tl.load(position_ptr).to(tl.int32) + 1, slots)
+    position = tl.load(position_ptr).to(tl.int32)
+    used = tl.minimum(position + 1, slots)
     per_split = tl.cdiv(tl.cdiv(used, SPLITS), BN) * BN
     low = i_s * per_split
     high = tl.minimum(low + per_split, used)
-    o_k = tl.arange(0, KP)
-    o_n = tl.arange(0, BN)
-    p_k = keys_ptr + i_b * slots * (H * K) + i_h * K
-    p_v = values_ptr + i_b * slots * (H * K) + i_h * K
+    o_n, o_a = tl.arange(0, BN), tl.arange(0, KA)
+    # Adding a zero that the compiler cannot know keeps it from giving whole rows of the second piece to one thread:
+    # both pieces then lie in the same threads, and nothing is exchanged between them.
+    o_b = KA + tl.arange(0, KB) + tl.minimum(position, 0)
+    STRIDE: tl.constexpr = H * K
+    p_k = keys_ptr + i_b * slots * STRIDE + i_h * K
+    p_v = values_ptr + i_b * slots * STRIDE + i_h * K
     # log2(e): exp2 is the instruction there is.
-    b_q = tl.load(q_ptr + i_bh * K + o_k, mask=o_k < K, other=0.0).to(tl.float32) * (scale * 1.4426950408889634)
+    b_qa = tl.load(q_ptr + i_bh * K + o_a, mask=o_a < K, other=0.0).to(tl.float32) * (scale * 1.4426950408889634)
+    b_qb = tl.load(q_ptr + i_bh * K + o_b, mask=o_b < K, other=0.0).to(tl.float32) * (scale * 1.4426950408889634)
     b_m = tl.full([BN], float("-inf"), tl.float32)
     b_l = tl.zeros([BN], tl.float32)
-    b_o = tl.zeros([BN, KP], tl.float32)
-    b_k = _load_slots(p_k, low + o_n, low + o_n < high, o_k, H, K)
-    b_v = _load_slots(p_v, low + o_n, low + o_n < high, o_k, H, K)
+    b_oa, b_ob = tl.zeros([BN, KA], tl.float32), tl.zeros([BN, KB], tl.float32)
+    b_ka = _load_slots(p_k, low + o_n, low + o_n < high, o_a, STRIDE, K, KA <= K)
+    b_va = _load_slots(p_v, low + o_n, low + o_n < high, o_a, STRIDE, K, KA <= K)
+    if KA < K:
+        b_kb = _load_slots(p_k, low + o_n, low + o_n < high, o_b, STRIDE, K, KA + KB <= K)
+        b_vb = _load_slots(p_v, low + o_n, low + o_n < high, o_b, STRIDE, K, KA + KB <= K)
     for start in range(low, high, BN):
         n, after = start + o_n, start + BN + o_n
         # The next slots are asked for before the ones in hand are used.
-        b_k_next = _load_slots(p_k, after, after < high, o_k, H, K)
-        b_v_next = _load_slots(p_v, after, after < high, o_k, H, K)
-        b_s = tl.sum(b_k.to(tl.float32) * b_q[None, :], 1)
+        b_ka_next = _load_slots(p_k, after, after < high, o_a, STRIDE, K, KA <= K)
+        b_va_next = _load_slots(p_v, after, after < high, o_a, STRIDE, K, KA <= K)
+        b_s = tl.sum(b_ka.to(tl.float32) * b_qa[None, :], 1)
+        if KA < K:
+            b_kb_next = _load_slots(p_k, after, after < high, o_b, STRIDE, K, KA + KB <= K)
+            b_vb_next = _load_slots(p_v, after, after < high, o_b, STRIDE, K, KA + KB <= K)
+            b_s += tl.sum(b_kb.to(tl.float32) * b_qb[None, :], 1)
         b_new = tl.where(n < high, tl.maximum(b_m, b_s), b_m)
         b_p = tl.where(n < high, tl.exp2(b_s - b_new), 0.0)
         b_keep = tl.where(b_l > 0, tl.exp2(b_m - b_new), 1.0)
         b_l = b_l * b_keep + b_p
-        b_o = b_o * b_keep[:, None] + b_p[:, None] * b_v.to(tl.float32)
-        b_m, b_k, b_v = b_new, b_k_next, b_v_next
+        b_oa = b_oa * b_keep[:, None] + b_p[:, None] * b_va.to(tl.float32)
+        b_m, b_ka, b_va = b_new, b_ka_next, b_va_next
+        if KA < K:
+            b_ob = b_ob * b_keep[:, None] + b_p[:, None] * b_vb.to(tl.float32)
+            b_kb, b_vb = b_kb_next, b_vb_next
     m = tl.max(b_m, 0)
     b_weight = tl.where(b_l > 0, tl.exp2(b_m - m), 0.0)
-    b_sum = tl.sum(b_o * b_weight[:, None], 0)
     total = tl.sum(b_l * b_weight, 0)
+    b_oa, b_ob = tl.sum(b_oa * b_weight[:, None], 0), tl.sum(b_ob * b_weight[:, None], 0)
     if SPLITS == 1:
-        tl.store(o_ptr + i_bh * K + o_k, (b_sum / total).to(o_ptr.dtype.element_ty), mask=o_k < K)
+        tl.store(o_ptr + i_bh * K + o_a, (b_oa / total).to(o_ptr.dtype.element_ty), mask=o_a < K)
+        tl.store(o_ptr + i_bh * K + o_b, (b_ob / total).to(o_ptr.dtype.element_ty), mask=o_b < K)
     else:
-        p_part = part_ptr + (i_bh * SPLITS + i_s) * (KP + 2)
-        tl.store(p_part + o_k, b_sum)
-        tl.store(p_part + KP, total)
-        tl.store(p_part + KP + 1, m)
+        p_part = part_ptr + (i_bh * SPLITS + i_s) * (K + 2)
+        tl.store(p_part + o_a, b_oa, mask=o_a < K)
+        tl.store(p_part + o_b, b_ob, mask=o_b < K)
+        tl.store(p_part + K, total)
+        tl.store(p_part + K + 1, m)
 
 
 @triton.jit
@@ -88,11 +111,11 @@ def _join_kernel(part_ptr, o_ptr, K: tl.constexpr, KP: tl.constexpr, SPLITS: tl.
     """The parts of one head, each at its own scale, into one output."""
     i_bh = tl.program_id(0).to(tl.int64)
     o_s, o_k = tl.arange(0, SP), tl.arange(0, KP)
-    p_part = part_ptr + (i_bh * SPLITS + o_s) * (KP + 2)
-    b_m = tl.load(p_part + KP + 1, mask=o_s < SPLITS, other=float("-inf"))
-    b_l = tl.load(p_part + KP, mask=o_s < SPLITS, other=0.0)
+    p_part = part_ptr + (i_bh * SPLITS + o_s) * (K + 2)
+    b_m = tl.load(p_part + K + 1, mask=o_s < SPLITS, other=float("-inf"))
+    b_l = tl.load(p_part + K, mask=o_s < SPLITS, other=0.0)
     b_weight = tl.where(b_l > 0, tl.exp2(b_m - tl.max(b_m, 0)), 0.0)
-    b_o = tl.load(p_part[:, None] + o_k[None, :], mask=(o_s < SPLITS)[:, None], other=0.0)
+    b_o = tl.load(p_part[:, None] + o_k[None, :], mask=(o_s < SPLITS)[:, None] & (o_k < K)[None, :], other=0.0)
     o = tl.sum(b_o * b_weight[:, None], 0) / tl.sum(b_l * b_weight, 0)
     tl.store(o_ptr + i_bh * K + o_k, o.to(o_ptr.dtype.element_ty), mask=o_k < K)
 
@@ -108,6 +131,16 @@ def choose_splits(heads: int, slots: int, device: torch.device) -> int:
     return max(1, min(wanted, slots // MIN_SLOTS_PER_SPLIT, MAX_SPLITS))
 
 
+def choose_tile(k: int, dtype: torch.dtype) -> dict[str, int]:
+    """How a row of k entries is cut, the lanes and the warps of a program."""
+    whole = triton.next_power_of_2(k)
+    # A row whose power of two is at least 3/4 full is read as one piece.
+    first = whole if 4 * k >= 3 * whole else whole // 2
+    rest = triton.next_power_of_2(k - first) if k > first else 1
+    lanes = max(8, BLOCK_BYTES // (first * dtype.itemsize))
+    return {"K": k, "KA": first, "KB": rest, "BN": lanes, "num_warps": NUM_WARPS}
+
+
 @torch.library.custom_op(
     "zoology::cached_attention",
     mutates_args=(),
@@ -116,17 +149,15 @@ def choose_splits(heads: int, slots: int, device: torch.device) -> int:
 def cached_attention_op(q, keys, values, position, scale):
     q = q.contiguous()
     (b, h, k), slots = q.shape, keys.shape[1]
-    width = max(16, triton.next_power_of_2(k))
     splits = choose_splits(b * h, slots, q.device)
     o = torch.empty_like(q)
-    part = torch.empty(b * h, splits, width + 2, device=q.device, dtype=torch.float32) if splits > 1 else o
-    constants = {"K": k, "KP": width, "SPLITS": splits}
-    block = max(8, 4096 // width)
+    part = torch.empty(b * h, splits, k + 2, device=q.device, dtype=torch.float32) if splits > 1 else o
     _cached_attention_kernel[(b * h, splits)](
-        q, keys, values, position, o, part, slots, scale, H=h, BN=block, num_warps=4, **constants
+        q, keys, values, position, o, part, slots, scale, H=h, SPLITS=splits, **choose_tile(k, q.dtype)
     )
     if splits > 1:
-        _join_kernel[(b * h,)](part, o, SP=triton.next_power_of_2(splits), num_warps=1, **constants)
+        padded = {"KP": triton.next_power_of_2(k), "SP": triton.next_power_of_2(splits)}
+        _join_kernel[(b * h,)](part, o, K=k, SPLITS=splits, num_warps=1, **padded)
     return o
 
 

@@ -110,7 +110,7 @@ def test_mamba_prefill_of_nothing(mamba_ssm, name, length):
 # -- flash-attn --------------------------------------------------------------------------------------------------
 
 
-def flash(q, k, v, causal, window_size):
+def flash(q, k, v, causal, window_size, softmax_scale=None):
     """Query i of T reads keys [i + S - T - left, i + S - T + right], -1 meaning no bound; q k v [B, T, H, K]."""
     at = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
     key = torch.arange(k.shape[1])[None]
@@ -118,15 +118,15 @@ def flash(q, k, v, causal, window_size):
     readable = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
     readable &= (key >= at - left) if left >= 0 else True
     readable &= (key <= at + right) if right >= 0 else True
-    scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * (softmax_scale or q.shape[-1] ** -0.5)
     weights = scores.masked_fill(~readable, float("-inf")).softmax(-1)
     return torch.einsum("bhts,bshk->bthk", weights, v)
 
 
-def flash_cache(q, k_cache, v_cache, *, cache_seqlens, causal):
+def flash_cache(q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal):
     assert cache_seqlens.dtype == torch.int32
     (seen,) = set(cache_seqlens.tolist())
-    return flash(q, k_cache[:, :seen], v_cache[:, :seen], causal, (-1, -1))
+    return flash(q, k_cache[:, :seen], v_cache[:, :seen], causal, (-1, -1), softmax_scale)
 
 
 @pytest.fixture

@@ -1,0 +1,81 @@
+"""The decode step of a short convolution: convolution, activation, gate and the shift of its memory at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from kernels.convolution_step.reference import convolution_step_reference
+
+__all__ = ["convolution_step", "triton_refusal"]
+
+BACKENDS = ("auto", "reference", "triton")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def convolution_step(
+    x: Tensor,
+    tail: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """y = act(sum_j w_j x_{t-j} + b) * gate for the newest token, j < W, and the memory one token later.
+
+    Args:
+        x: [B, D]; gate: [B, D] or None (1).
+        tail: [B, W - 1, D], the inputs before, oldest first.
+        weight: [D, W], the current token's entry first; bias: [D] or None.
+        activation: None or "silu".
+        backend: "reference" (plain PyTorch), "triton" (no gradient, writes the new memory over the old one), or "auto".
+
+    Returns:
+        y [B, D] in the dtype of x, summed in float32 by triton, and the tail.
+
+    Raises:
+        ValueError: a shape, activation or backend that does not fit.
+    """
+    b, d = x.shape if x.dim() == 2 else (-1, -1)
+    if weight.dim() != 2 or weight.shape[0] != d or tuple(tail.shape) != (b, weight.shape[1] - 1, d):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, tail {tuple(tail.shape)} and weight {tuple(weight.shape)}; "
+            "allowed: [B, D], [B, W - 1, D] and [D, W]"
+        )
+    if gate is not None and gate.shape != x.shape:
+        raise ValueError(f"gate has shape {tuple(gate.shape)}; allowed: {tuple(x.shape)}, that of x")
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation is {activation!r}; allowed: None, 'silu'")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    given = [part for part in (x, tail, weight, bias, gate) if part is not None]
+    refusal = triton_refusal(given)
+    if backend == "triton" and refusal:
+        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    if backend == "reference" or refusal:
+        return convolution_step_reference(x, tail, weight, bias, activation, gate)
+    from kernels.convolution_step import triton as impl
+
+    return impl.convolution_step_triton(x, tail, weight, bias, activation, gate), tail
+
+
+def triton_refusal(tensors: list[Tensor]) -> str | None:
+    """Why the Triton kernel does not take x, tail, ...; None if it does."""
+    x, tail = tensors[:2]
+    if not TRITON_INSTALLED:
+        return "Triton is not installed (pip install 'zoology[gpu]')"
+    if x.device.type != "cuda" and not TRITON_INTERPRETED:
+        return f"x is on {x.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
+    if any(part.dtype not in (torch.bfloat16, torch.float16, torch.float32) for part in tensors):
+        return "the dtypes are not among bfloat16, float16, float32"
+    if tail.dtype != x.dtype or not tail.is_contiguous():
+        return "the tail is not contiguous, or not of the dtype of x"
+    if torch.is_grad_enabled() and any(part.requires_grad for part in tensors):
+        return "it has no gradient; allowed: no_grad"
+    return None

@@ -1,0 +1,108 @@
+"""The step of a short convolution: PyTorch's own convolution of the last tokens, and the tail one token later."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kernels import convolution_step
+
+# (B, D, W, bias, activation, gate)
+CASES = [
+    (3, 20, 3, True, "silu", True),
+    (2, 700, 4, False, None, True),
+    (2, 9, 2, True, None, False),
+    (1, 5, 1, False, "silu", False),
+]
+
+
+def example(case, dtype=torch.float64, device="cpu"):
+    b, d, w, bias, activation, gate = case
+    gen = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=gen).to(device, dtype)
+
+    # Halves of one projection: rows that lie apart.
+    x, gate_values = draw(b, 2 * d).chunk(2, dim=-1)
+    rest = {"bias": draw(d) if bias else None, "activation": activation, "gate": gate_values if gate else None}
+    return x, draw(b, w - 1, d), draw(d, w), rest
+
+
+def expected(x, tail, weight, rest):
+    window = torch.cat([tail, x.unsqueeze(1)], 1).double()
+    bias = None if rest["bias"] is None else rest["bias"].double()
+    y = F.conv1d(window.transpose(1, 2), weight.double().flip(-1).unsqueeze(1), bias, groups=x.shape[1]).squeeze(2)
+    y = F.silu(y) if rest["activation"] else y
+    return (y if rest["gate"] is None else y * rest["gate"].double()), window[:, 1:]
+
+
+def check(case, dtype, device, tolerance):
+    x, tail, weight, rest = example(case, dtype, device)
+    y, after = expected(x, tail, weight, rest)
+    actual, same = convolution_step(x, tail, weight, backend="triton", **rest)
+    assert same is tail
+    assert actual.dtype == dtype
+    assert float((actual.double() - y).norm() / y.norm()) < tolerance
+    assert torch.equal(tail.double(), after)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference(case):
+    x, tail, weight, rest = example(case)
+    before = tail.clone()
+    y, after = convolution_step(x, tail, weight, **rest)
+    for one, exact in zip((y, after), expected(x, tail, weight, rest)):
+        assert torch.allclose(one, exact, rtol=1e-12, atol=1e-12)
+    assert torch.equal(tail, before)
+
+
+INTERPRETED = """
+import sys
+
+sys.path.insert(0, {folder!r})
+import torch
+
+import test_convolution_step as t
+
+for case in t.CASES:
+    t.check(case, torch.float32, "cpu", 1e-6)
+t.check(t.CASES[0], torch.bfloat16, "cpu", torch.finfo(torch.bfloat16).eps)
+print("same")
+"""
+
+
+def test_triton_kernel_interpreted():
+    """In a process of their own: the interpreter is chosen when the kernels are defined."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    code = INTERPRETED.format(folder=os.path.dirname(__file__))
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
+    assert done.stdout.strip() == "same", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("case", [*CASES, (128, 3584, 3, True, "silu", True)])
+def test_on_the_device(case, dtype):
+    check(case, dtype, "cuda", 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 1, 4)}, r"x has shape \(2, 1, 4\)"),
+        ({"tail": torch.zeros(2, 3, 4)}, r"tail \(2, 3, 4\) and weight \(4, 3\); allowed: \[B, D\]"),
+        ({"gate": torch.zeros(2, 5)}, r"gate has shape \(2, 5\); allowed: \(2, 4\)"),
+        ({"activation": "gelu"}, "activation is 'gelu'; allowed: None, 'silu'"),
+        ({"backend": "cuda"}, "backend is 'cuda'; allowed: auto, reference, triton"),
+        ({"backend": "triton"}, "backend='triton' cannot run here: x is on cpu"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    values = {"x": torch.zeros(2, 4), "tail": torch.zeros(2, 2, 4), "weight": torch.zeros(4, 3)} | change
+    with pytest.raises(ValueError, match=message):
+        convolution_step(values.pop("x"), values.pop("tail"), values.pop("weight"), **values)
