@@ -110,7 +110,7 @@ class Hyena(SequenceMixer):
             else:
                 convolved, rest = convolve_on(v, taps[..., n], history[:, :, n])
                 kept.append(rest)
-            v = convolved + v * self.filter_bias[n]
+            v = convolved + v * self.filter_bias[n].to(v.dtype)
         return self.out_proj(v * gates[0]), torch.stack(kept, dim=2) if kept else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,8 +25,36 @@ def toeplitz_matrix(taps: Tensor, length: int) -> Tensor:
     return rows[:, : length * (2 * length - 1)].unflatten(1, (length, -1))[..., :length]
 
 
+@torch.library.custom_op("zoology::batched_product", mutates_args=(), schema="(Tensor a, Tensor b) -> Tensor")
+def batched_product(a: Tensor, b: Tensor) -> Tensor:
+    """[G, N, K] times [G, K, M]: `torch.bmm`, but as an operator whose inputs the compiler lays out as they are given.
+
+    For `torch.bmm` it takes whatever order of axes is convenient before it, which then is copied for the product.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a, b)
+
+
+@batched_product.register_fake
+def _(a, b):
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    a, b = ctx.saved_tensors
+    grad = grad.contiguous()
+    return batched_product(grad, b.mT), batched_product(a.mT, grad)
+
+
+batched_product.register_autograd(_backward, setup_context=_setup)
+
+
 def toeplitz_conv(x: Tensor, taps: Tensor) -> Tensor:
-    """`fft_conv` without a history. The products are PyTorch's: autocast and the setting for TF32 hold for them."""
+    """`fft_conv` without a history. As for any product of matrices, autocast and the setting for TF32 hold."""
     own, shared = [], []
     for axis in range(2, x.dim()):
         (own if taps.shape[axis - 1] == x.shape[axis] else shared).append(axis)
@@ -35,7 +63,9 @@ def toeplitz_conv(x: Tensor, taps: Tensor) -> Tensor:
     for place, axis in enumerate(order):
         back[axis] = place
     dtype = torch.promote_types(x.dtype, taps.dtype)
-    matrix = toeplitz_matrix(taps.reshape(len(taps), -1).to(dtype), x.shape[1])
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    matrix = toeplitz_matrix(taps.reshape(len(taps), -1).to(dtype), x.shape[1]).contiguous()
     moved = x.permute(order)
-    y = torch.bmm(moved.reshape(matrix.shape[0], -1, x.shape[1]).to(dtype), matrix)
-    return y.view(moved.shape).permute(back).to(x.dtype)
+    y = batched_product(moved.reshape(len(matrix), -1, x.shape[1]).to(dtype).contiguous(), matrix)
+    return y.view(moved.shape).permute(back).contiguous().to(x.dtype)

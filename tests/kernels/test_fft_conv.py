@@ -95,6 +95,23 @@ def test_toeplitz_gradients_are_those_of_the_direct_sum(num_taps):
     assert max(error(two, one) for one, two in zip(*gradients)) < 1e-13
 
 
+def test_the_operator_is_registered_whole():
+    a, b = randn(2, 3, 4).requires_grad_(), randn(2, 4, 5, seed=1).requires_grad_()
+    torch.library.opcheck(torch.ops.zoology.batched_product, (a, b))
+
+
+@pytest.mark.parametrize("shared", [(3, 2), (3, 1)])
+def test_toeplitz_products_are_traced_whole(shared):
+    leaves = [t.requires_grad_() for t in (randn(2, 11, 3, 2), randn(7, *shared, seed=1))]
+
+    def loss(x, taps):
+        return fft_conv(x, taps, backend="toeplitz").square().sum()
+
+    plain = torch.autograd.grad(loss(*leaves), leaves)
+    traced = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    assert max(error(two, one) for one, two in zip(plain, traced)) < 1e-14
+
+
 def test_toeplitz_products_follow_autocast():
     x, taps = randn(2, 64, 3).float(), randn(64, 3, seed=1).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
