@@ -88,7 +88,7 @@ def _compare(protocol: Protocol, records: list[dict[str, Any]]) -> Comparison:
     selected = results.select(kept)
     means = selected[selected["slice"] == results.MEAN].set_index("point_id")
     hardest = selected[selected["slice"] == results.slice_names(kept)[-1]].set_index("point_id")["accuracy"]
-    minutes = kept.drop_duplicates("run_id").groupby("point_id")["wall_seconds"].sum() / 60
+    minutes = kept.drop_duplicates("run_id").groupby("point_id")["device_seconds"].sum() / 60
     rows, missing, used = [], [], set()
     for point in published.points(protocol.name):
         candidates = [
@@ -314,7 +314,7 @@ def notes(comparison: Comparison) -> list[str]:
 def cost(comparison: Comparison) -> str:
     """Runs and minutes of computing of a comparison, with evaluation and compilation, as text."""
     runs = comparison.frame.drop_duplicates("run_id")
-    return f"{len(runs)} runs, {runs['wall_seconds'].sum() / 60:,.1f} minutes on {' and '.join(comparison.devices)}"
+    return f"{len(runs)} runs, {runs['device_seconds'].sum() / 60:,.1f} minutes on {' and '.join(comparison.devices)}"
 
 
 def cells(row: pd.Series) -> tuple[str, ...]:

@@ -158,10 +158,12 @@ def training_time(comparisons: Sequence[Comparison]):
 
 
 def _with_seconds(frame: pd.DataFrame) -> pd.DataFrame:
-    """The selected points, mean over slices, with the mean training time over their seeds."""
+    """The selected points, mean over slices, with the mean training time over their seeds, as if alone."""
     table = results.select(frame)
     means = table[table["slice"] == results.MEAN]
-    seconds = frame.drop_duplicates("run_id").groupby(["point_id", "lr"])["train_seconds"].mean()
+    runs = frame.drop_duplicates("run_id")
+    alone = runs.assign(seconds=runs["train_seconds"] * runs["device_share"])
+    seconds = alone.groupby(["point_id", "lr"])["seconds"].mean()
     return means.assign(seconds=[seconds[point, rate] for point, rate in zip(means["point_id"], means["lr"])])
 
 

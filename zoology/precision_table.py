@@ -23,11 +23,12 @@ def by_precision(frame: pd.DataFrame) -> pd.DataFrame:
 
     `accuracy` is their mean, `worst` and `best` their range, `behind` by how much the mean is below that of fp32 (NaN
     without fp32), `within` whether that is no more than seeds of fp32 or of this precision differ among themselves;
-    `train_seconds` is the mean time in training. `frame` is that of `results.load`. Raises ValueError for runs that
-    were tested on different data.
+    `train_seconds` is the mean time in training, as if alone on the device. `frame` is that of `results.load`. Raises
+    ValueError for runs that were tested on different data.
     """
     if (number := len(results.by_test_data(frame))) > 1:
         raise ValueError(f"the runs were tested on {number} different data sets: take one part of by_test_data(frame)")
+    frame = frame.assign(alone=frame["train_seconds"] * frame["device_share"])
     means = frame.groupby("run_id", as_index=False)["accuracy"].mean().assign(slice=results.MEAN)
     runs = frame.drop_duplicates("run_id").drop(columns=["accuracy", "slice"])
     every = pd.concat([runs.merge(means, on="run_id"), frame])
@@ -44,7 +45,7 @@ def by_precision(frame: pd.DataFrame) -> pd.DataFrame:
                 dict(zip([*model, "slice"], key))
                 | {"precision": precision, "accuracy": found.mean(), "worst": found.min(), "best": found.max()}
                 | {"num_seeds": len(found), "behind": behind, "within": bool(behind <= spread)}
-                | {"train_seconds": group.loc[group["precision"] == precision, "train_seconds"].mean()}
+                | {"train_seconds": group.loc[group["precision"] == precision, "alone"].mean()}
             )
     return pd.DataFrame(rows)
 

@@ -34,6 +34,7 @@ def load(directory: Path | str) -> pd.DataFrame:
     `accuracy`, `stderr`, `num_examples` are of the test slice, `validation_accuracy` of its validation twin,
     `validation_mean` the run's mean over slices, by which rates are selected. `state_elements` and `state_bytes`
     are per sequence over all layers at the longest test length, `slice_state_*` at the slice's own length.
+    `device_share` is what a run had of its device's time beside others, `device_seconds` that share of `wall_seconds`.
     `task_options` is the slice's task as `zoology.tasks.from_config` reads it.
 
     Raises ResultsError for a directory that cannot be read, holds no finished run, or has another schema version.
@@ -95,6 +96,8 @@ def _run_columns(record: dict[str, Any]) -> dict[str, Any]:
                 "examples_per_second", "peak_memory_bytes", "precision", "dtype",
             )
         },
+        "device_share": (share := record.get("device_share", 1.0)),
+        "device_seconds": share * record["wall_seconds"],
         "device": record["device"]["type"],
         "backends": " ".join(dict.fromkeys(name for names in record["backends"].values() for name in names)),
         "torch": record["versions"]["torch"],

@@ -40,9 +40,9 @@ def records(make_run, make_record):
     accuracies = {"fp32": [0.90, 0.94, 0.92], "tf32": [0.91, 0.89, 0.90], "bf16": [0.80, 0.82, 0.81]}
     return [
         make_record(
-            run := make_run(seed=seed, precision=precision), {"short": 1.0, "long": accuracy}, seconds=10.0 * run.seed
+            run := make_run(seed=seed, precision=precision), {"short": 1.0, "long": accuracy}, seconds=20.0 * run.seed
         )
-        | {"precision": precision}
+        | {"precision": precision, "device_share": 0.5}
         for precision, values in accuracies.items()
         for seed, accuracy in enumerate(values)
     ]

@@ -72,6 +72,13 @@ def test_one_row_for_each_run_and_slice(results_directory, make_run):
     assert rows["backends"].tolist() == ["reference"] * 2
 
 
+def test_time_on_a_shared_device_counts_by_its_share(results_directory):
+    record = results.load_records(results_directory)[0] | {"wall_seconds": 100.0}
+    before = {key: value for key, value in record.items() if key != "device_share"}
+    frame = results.from_records([record | {"device_share": 0.25}, before])
+    assert frame["device_seconds"].tolist() == [25.0, 25.0, 100.0, 100.0]
+
+
 def test_state_that_grows_is_reported_at_both_lengths(results_directory, make_run):
     frame = results.load(results_directory)
     rows = frame[frame["run_id"] == make_run(lr=1e-2).run_id].set_index("slice")

@@ -54,6 +54,7 @@ def test_a_finished_run_states_everything(results_directory, make_run):
     assert set(record["versions"]) == {"python", "torch", "triton", "numpy", "zoology"}
     assert record["epochs"] == record["selected_epoch"] == 1
     assert record["wall_seconds"] >= record["train_seconds"] > 0
+    assert record["device_share"] == 1.0
     assert record["peak_memory_bytes"] > 1 << 20
     for part in record["slices"]:
         assert set(part["baselines"]) == {"majority", "position_only", "position_copy"}

@@ -153,7 +153,8 @@ def test_a_run_that_must_be_alone_waits_for_an_empty_gpu_and_keeps_it_empty(engi
     engine.start("f", "f", "", 0.0)
     assert where(engine) == {"cuda:0": {"a"}, "cuda:1": {"b", "f"}}
     failed = engine.finish("a", failure=Failure("out of memory", "no"))
-    assert failed == Finished("a", None, Failure("out of memory", "no"), 0.0)
+    assert isinstance(failed, Finished)
+    assert (failed.run_id, failed.record, failed.failure) == ("a", None, Failure("out of memory", "no"))
 
 
 def test_a_loss_that_is_not_finite_leaves_a_worker_its_model(engine):
@@ -163,6 +164,22 @@ def test_a_loss_that_is_not_finite_leaves_a_worker_its_model(engine):
     engine.start("b", "a", "", GB)
     engine.finish("b", failure=Failure("error", "CUDA error: an illegal memory access"))
     assert engine.built == set()
+
+
+def test_time_on_a_gpu_is_divided_among_its_runs(engine, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(local.time, "monotonic", lambda: clock[0])
+    engine._now = 0.0
+    for name, at in (("a", 0.0), ("b", 5.0), ("c", 10.0)):
+        clock[0] = at
+        engine.start(name, name, "", GB)
+    assert where(engine) == {"cuda:0": {"a", "c"}, "cuda:1": {"b"}}
+    shares = {}
+    for name, at in (("a", 30.0), ("b", 35.0), ("c", 50.0)):
+        clock[0] = at
+        engine._clock()
+        shares[name] = engine.finish(name).device_share
+    assert shares == pytest.approx({"a": (10 + 20 / 2) / 30, "b": 1.0, "c": (20 / 2 + 20) / 40})
 
 
 # -- a sweep by a simulated clock --------------------------------------------------------------------------------

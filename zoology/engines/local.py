@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
@@ -48,6 +49,7 @@ class Finished(NamedTuple):
     record: dict[str, Any] | None
     failure: Failure | None
     peak_memory: int | None = None
+    device_share: float = 1.0  # of its device's time that was its own: others in progress there count as much
 
 
 class Crowded(NamedTuple):
@@ -72,6 +74,7 @@ class LocalEngine:
     ):
         self._workers = [_Worker(index, setup, timeout) for index, setup in enumerate(setups)]
         self._memory = memory or {}
+        self._now = time.monotonic()
 
     @property
     def slots(self) -> int:
@@ -97,6 +100,7 @@ class LocalEngine:
     def start(self, run_id: str, point_id: str, config_json: str, needs: float) -> None:
         """Give a run that `fits` to a free worker: one that has built its model, else on the least busy device."""
         worker = self._place(point_id, needs)
+        self._clock()
         neighbours = [other for other in self._on(worker.setup.device) if other is not worker]
         if not self._has_room(worker.setup.device, needs, neighbours):
             for other in neighbours:
@@ -138,11 +142,22 @@ class LocalEngine:
 
     def poll(self, timeout: float) -> list[Event]:
         """What happened, after waiting for at most `timeout` seconds for something to happen."""
+        self._clock()
         busy = [worker for worker in self._workers if worker.run_id is not None]
         deadlines = [worker.deadline for worker in busy if worker.deadline is not None]
         limit = min([timeout, *(max(0.0, deadline - time.monotonic()) for deadline in deadlines)])
         wait([handle for worker in busy for handle in (worker.connection, worker.process.sentinel)], limit)
+        self._clock()
         return [self._relieve(worker, event) for worker in busy for event in worker.events()]
+
+    def _clock(self) -> None:
+        """Divide the time since the last call among the runs of each GPU; cores of a CPU are not shared."""
+        now = time.monotonic()
+        passed, self._now = now - self._now, now
+        busy = [worker for worker in self._workers if worker.run_id is not None]
+        counts = Counter(worker.setup.device for worker in busy)
+        for worker in busy:
+            worker.shared += passed / (counts[worker.setup.device] if worker.setup.device.startswith("cuda") else 1)
 
     def _relieve(self, worker: _Worker, event: Event) -> Event:
         """A run without memory beside others has not failed yet."""
@@ -181,6 +196,8 @@ class _Worker:
         self.needs = 0.0  # bytes, of its run
         self.held = 0.0  # bytes, kept after it
         self.alone = True  # on its device, ever since its run started
+        self.since = 0.0  # when its run started
+        self.shared = 0.0  # seconds since then, each divided by the number of runs on the device
         self.process: Any = None
         self.connection: Any = None
         self.log = Path(setup.directory, "logs", f"worker-{index}.log")
@@ -201,6 +218,7 @@ class _Worker:
         if not self.alive:
             self._spawn()
         self.run_id, self.point_id, self.needs = run_id, point_id, needs
+        self.since, self.shared = time.monotonic(), 0.0
         self.deadline = time.monotonic() + START_SECONDS
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
         # If it died just now, `events` will see that.
@@ -253,7 +271,8 @@ class _Worker:
             # After an illegal access nothing runs in that process any more; a loss that is not finite harms nobody.
             if failure is not None and failure.kind != "diverged" and self.setup.device.startswith("cuda"):
                 self.kill()
-            yield Finished(run_id, record, failure, memory and memory.peak)
+            share = min(1.0, self.shared / max(time.monotonic() - self.since, 1e-9))
+            yield Finished(run_id, record, failure, memory and memory.peak, share)
 
     def _give_up(self, run_id: str, kind: str, message: str) -> Finished:
         self.kill()

@@ -97,7 +97,8 @@ class RayEngine:
         for ref in ended:
             run_id = self._refs.pop(ref)
             self._deadlines.pop(run_id, None)
-            events.append(Finished(run_id, *self._outcome(ref)))
+            share = 1 / self._jobs if self._on_gpu else 1.0
+            events.append(Finished(run_id, *self._outcome(ref), device_share=share))
         return events + self._give_up_late()
 
     def _messages(self) -> list[Event]:

@@ -289,16 +289,17 @@ class _Sweep:
             self._fail(event.run_id, event.failure._replace(message=event.failure.message + tries))
 
     def _finish(self, active: Active, event: Finished) -> None:
+        record = event.record | {"device_share": event.device_share}
         try:
-            active.folder.finish(event.record)
+            active.folder.finish(record)
         except OSError as error:
             self._fail(event.run_id, Failure("crashed", f"finished, but its result cannot be written: {error}"))
             return
-        self.records[event.run_id] = event.record
-        self.progress.estimate.observe(active.run, event.record["wall_seconds"])
+        self.records[event.run_id] = record
+        self.progress.estimate.observe(active.run, record["wall_seconds"])
         if event.peak_memory is not None:
             self.memory.observe(active.run, event.peak_memory, whole=True)
-        self._leave(active, event.record, "")
+        self._leave(active, record, "")
 
     def _retry(self, active: Active) -> None:
         active.attempt += 1
