@@ -13,6 +13,7 @@ from kernels.linear_cross_entropy import linear_argmax, linear_cross_entropy
 from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from kernels.prefix_linear_attention import prefix_linear_attention
 from kernels.selective_scan import selective_scan, selective_scan_step
+from kernels.short_convolution import short_convolution
 from kernels.taylor_linear_attention import taylor_linear_attention, taylor_linear_attention_step
 from kernels.wkv import wkv, wkv_step
 
@@ -32,6 +33,7 @@ __all__ = [
     "prefix_linear_attention",
     "selective_scan",
     "selective_scan_step",
+    "short_convolution",
     "taylor_linear_attention",
     "taylor_linear_attention_step",
     "wkv",
