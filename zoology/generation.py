@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -139,17 +140,27 @@ def advance(block: Block, x: Tensor, delta: Tensor, state: State, keep_position:
     x = x + delta
     y, new = block.mixer.step(block.norm(x), state)
     write_state(state, new, keep_position)
+    return mix_channels(block, x, y)
+
+
+def read(
+    block: Block, x: Tensor, delta: Tensor, state: State, prefix_length: int, empty: bool, keep_position: bool
+) -> tuple[Tensor, Tensor]:
+    """`advance` for a chunk [B, T, D]; `empty` says that nothing is in the state yet."""
+    x = x + delta
+    fill = block.mixer.prefill_empty if empty else block.mixer.prefill
+    prefix = {"prefix_length": prefix_length} if block.mixer.takes_prefix else {}
+    y, new = fill(block.norm(x), state, **prefix)
+    write_state(state, new, keep_position)
+    return mix_channels(block, x, y)
+
+
+def mix_channels(block: Block, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The channel half of a block after x + y, its own addition left out."""
     if block.channel_norm is None:
         return x, y
     x = x + y
     return x, block.channel_mixer(block.channel_norm(x))
-
-
-def read(block: Block, x: Tensor, state: State, prefix_length: int, empty: bool, keep_position: bool) -> Tensor:
-    """A chunk [B, T, D] through a block, its state updated in place."""
-    x, new = block.prefill(x, state, prefix_length, empty=empty)
-    write_state(state, new, keep_position)
-    return x
 
 
 class Fused:
@@ -165,7 +176,7 @@ class Fused:
         if self.compiled is not None:
             try:
                 return self.compiled(*arguments)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
                 reason = str(error).strip().partition("\n")[0]
                 log.warning("%s runs uncompiled: %s: %s", self.what, type(error).__name__, reason)
                 self.compiled = None
@@ -202,6 +213,10 @@ def pick(logits: Tensor, temperature: Tensor | None, generator: torch.Generator 
         return logits.argmax(-1)
     weights = torch.softmax(logits.float() / temperature, -1)
     return weights.div_(torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
+
+
+_fused: weakref.WeakKeyDictionary[LanguageModel, dict] = weakref.WeakKeyDictionary()
+"""What was compiled for a model, as long as the model lives."""
 
 
 class Functions(NamedTuple):
@@ -268,8 +283,7 @@ class Decoder:
         self.logits: Tensor | None = None
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = None
-        self._functions = self._choose_functions()
-        self._finish = Fused(finish, "the head") if self.compiled else finish
+        self._functions, self._finish = self._choose_functions()
         if self.graphs:
             self._warm_up()
 
@@ -368,14 +382,17 @@ class Decoder:
     def _read(self, tokens: Tensor, prefix_length: int) -> Tensor:
         """A chunk of a prompt, the state updated in place -> [B, D], what the last block gives for the last token."""
         x = self.model.embed(tokens, self.position)
+        delta = torch.zeros_like(x)
         for index, (block, state) in enumerate(zip(self.model.blocks, self.state.layers)):
-            x = self._read_block(index, block, x, state, prefix_length)
+            x, delta = self._read_block(index, block, x, delta, state, prefix_length)
         self.position.add_(tokens.shape[1])
         self.seen += tokens.shape[1]
-        return x[:, -1]
+        return x[:, -1] + delta[:, -1]
 
-    def _read_block(self, index: int, block: Block, x: Tensor, state: State, prefix_length: int) -> Tensor:
-        arguments = (block, x, state, prefix_length, self.seen == 0, index not in self._counts_itself)
+    def _read_block(
+        self, index: int, block: Block, x: Tensor, delta: Tensor, state: State, prefix_length: int
+    ) -> tuple[Tensor, Tensor]:
+        arguments = (block, x, delta, state, prefix_length, self.seen == 0, index not in self._counts_itself)
         function = self._functions[index].read
         if function is read:
             return read(*arguments)
@@ -426,18 +443,28 @@ class Decoder:
         )
         return Stack(layers, stack.position)
 
-    def _choose_functions(self) -> list[Functions]:
-        """What runs each layer: compiled once for each kind of layer."""
+    def _choose_functions(self) -> tuple[list[Functions], Callable]:
+        """What runs each layer, compiled once for each kind of layer, and the head; a model's decoders share them."""
         specs = [self.model.config.layer_at(index) for index in range(len(self.model.blocks))]
         if not self.compiled:
-            return [Functions(advance, read)] * len(specs)
-        kinds: dict[str, Functions] = {}
-        for spec in specs:
-            kind = spec.model_dump_json()
-            if kind not in kinds:
-                steps = Fused(advance, f"a step of {spec.name}")
-                kinds[kind] = Functions(steps, Fused(read, f"prefill of {spec.name}", dynamic=True))
-        return [kinds[spec.model_dump_json()] for spec in specs]
+            return [Functions(advance, read)] * len(specs), finish
+        known = _fused.setdefault(self.model, {})
+
+        def fused(function: Callable, key: str, what: str, dynamic: bool) -> Fused:
+            # One code object for each batch size: the compiler gives up on one that has many variants.
+            at = (function, key, None if dynamic else self.batch_size)
+            if at not in known:
+                known[at] = Fused(function, what, dynamic=dynamic)
+            return known[at]
+
+        functions = [
+            Functions(
+                fused(advance, spec.model_dump_json(), f"a step of {spec.name}", dynamic=False),
+                fused(read, spec.model_dump_json(), f"prefill of {spec.name}", dynamic=True),
+            )
+            for spec in specs
+        ]
+        return functions, fused(finish, "", "the head", dynamic=False)
 
     @torch.no_grad()
     def _warm_up(self) -> None:

@@ -77,10 +77,8 @@ class Block(nn.Module):
             x, y = pick(x), pick(y)
         return self._mix_channels(x + self.dropout(y))
 
-    def prefill(self, x: Tensor, state: State, prefix_length: int = 0, *, empty: bool = False) -> tuple[Tensor, State]:
-        """[B, T, D] from a state on; `empty` says that nothing is in it."""
-        read = self.mixer.prefill_empty if empty else self.mixer.prefill
-        y, state = read(self.norm(x), state, **self._prefix(prefix_length))
+    def prefill(self, x: Tensor, state: State, prefix_length: int = 0) -> tuple[Tensor, State]:
+        y, state = self.mixer.prefill(self.norm(x), state, **self._prefix(prefix_length))
         return self._mix_channels(x + y), state
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
