@@ -315,6 +315,7 @@ def measure_case(
     try:
         model = parse_model(text, shape.vocab_size)
         config = run_config(model, shape, precision)
+        work = count_work(model, shape, precision)
         loop = build(config, shape, device, mode)
     finally:
         ready()
@@ -322,8 +323,7 @@ def measure_case(
     record |= measure(loop, config, shape, device, repeats)
     del loop
     record["baseline_step_ms"] = measure_baseline(model, shape, device, repeats) if with_baseline else None
-    record["work"] = count_work(model, shape, precision)
-    return record
+    return record | {"work": work}
 
 
 _together: dict[str, Any] = {}
@@ -356,9 +356,7 @@ def measure_together(todo: list[Case], device: torch.device, repeats: int, mode:
 
 
 def benchmark(
-    models: list[str],
-    shapes: list[Shape],
-    precisions: list[str],
+    todo: list[Case],
     device: torch.device,
     *,
     repeats: int = 5,
@@ -366,15 +364,13 @@ def benchmark(
     jobs: int = 1,
     report: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
-    """All records of models, shapes and precisions, with the machine they hold for."""
-    for precision in precisions:
-        check_precision(precision, device)
-    todo = cases(models, shapes, precisions)
+    """All records of the cases, with the machine they hold for."""
     for case in todo:
+        check_precision(case.precision, device)
         parse_model(case.model, case.shape.vocab_size)
     ceilings = measure_ceilings(device)
     result = describe(device) | {"ceilings": ceilings, "records": []}
-    baseline = None
+    baselines = {}
     for start in range(0, len(todo), jobs):
         wave = todo[start : start + jobs]
         if jobs > 1:
@@ -382,7 +378,8 @@ def benchmark(
         else:
             measured = [measure_case(case, device, repeats, mode) for case in wave]
         for record in measured:
-            baseline = record["baseline_step_ms"] = record["baseline_step_ms"] or baseline
+            key = (record["model"], record["seq_len"], record["num_kv_pairs"])
+            record["baseline_step_ms"] = baselines.setdefault(key, record["baseline_step_ms"])
             record["floor"] = floor(record.pop("work"), ceilings, record["precision"])
             record["examples_per_second"] = 1e3 * record["batch_size"] / record["step_ms"]["median"]
             result["records"].append(record)
@@ -439,23 +436,7 @@ def protocol(
     """
     started, runs = time.perf_counter(), []
     for rate in learning_rates(-3, -1.5, rates):
-        begun = time.perf_counter()
-        outcome = train(protocol_run(text, precision, rate, epochs=epochs, **options), device=device)
-        runs.append(
-            {
-                "lr": rate,
-                "wall_seconds": time.perf_counter() - begun,
-                "train_seconds": outcome.train_seconds,
-                "examples_per_second": outcome.examples_per_second,
-                "peak_memory_bytes": outcome.peak_memory_bytes,
-                "execution": outcome.execution._asdict(),
-                "losses": [epoch.loss for epoch in outcome.epochs],
-                "validation": [epoch.validation_accuracy for epoch in outcome.epochs],
-                "test": {label: score.accuracy for label, score in outcome.test.items()},
-            }
-        )
-        mean = statistics.mean(runs[-1]["test"].values())
-        print(f"lr {rate:g}: {runs[-1]['wall_seconds']:.1f} s, test accuracy {mean:.4f}", flush=True)
+        runs.append(measure_run(protocol_run(text, precision, rate, epochs=epochs, **options), device))
     total = time.perf_counter() - started
     result = describe(device) | {
         "protocol": {"model": text, "precision": precision, "epochs": epochs, "seconds": total} | options,
@@ -463,6 +444,26 @@ def protocol(
     }
     print(extrapolation([result]), flush=True)
     return result
+
+
+def measure_run(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """Times, losses and scores of one run."""
+    begun = time.perf_counter()
+    outcome = train(config, device=device)
+    run = {
+        "lr": config.train.lr,
+        "wall_seconds": time.perf_counter() - begun,
+        "train_seconds": outcome.train_seconds,
+        "examples_per_second": outcome.examples_per_second,
+        "peak_memory_bytes": outcome.peak_memory_bytes,
+        "execution": outcome.execution._asdict(),
+        "losses": [epoch.loss for epoch in outcome.epochs],
+        "validation": [epoch.validation_accuracy for epoch in outcome.epochs],
+        "test": {label: score.accuracy for label, score in outcome.test.items()},
+    }
+    mean = statistics.mean(run["test"].values())
+    print(f"lr {run['lr']:g}: {run['wall_seconds']:.1f} s, test accuracy {mean:.4f}", flush=True)
+    return run
 
 
 def extrapolation(results: list[dict[str, Any]], models: int = 43) -> str:
@@ -565,7 +566,8 @@ def command(
             if mode not in ("auto", "eager", *MODES):
                 raise ValueError(f"--mode {mode!r}: must be one of auto, eager, {', '.join(MODES)}")
             asked = parse_shapes(shapes, batch_size, vocab_size, steps)
-            result = benchmark(models.split(","), asked, chosen, where, repeats=repeats, mode=mode, jobs=jobs)
+            todo = cases(models.split(","), asked, chosen)
+            result = benchmark(todo, where, repeats=repeats, mode=mode, jobs=jobs)
     except ValueError as error:
         raise SystemExit(f"zoology.benchmark: {error}") from None
     if out is not None:

@@ -47,9 +47,8 @@ def test_a_record_for_every_model_shape_and_precision(result):
 
 def test_loops_built_side_by_side_are_measured_in_turn():
     shape = benchmark.Shape(16, 2, 8, 64, 3)
-    result = benchmark.benchmark(
-        ["base_conv@8"], [shape], ["fp32", "bf16"], torch.device("cpu"), repeats=2, mode="eager", jobs=2, report=str
-    )
+    todo = benchmark.cases(["base_conv@8"], [shape], ["fp32", "bf16"])
+    result = benchmark.benchmark(todo, torch.device("cpu"), repeats=2, mode="eager", jobs=2, report=str)
     one, two = result["records"]
     assert (one["precision"], two["precision"]) == ("fp32", "bf16")
     assert one["baseline_step_ms"] == two["baseline_step_ms"]
