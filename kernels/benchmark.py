@@ -29,7 +29,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import prefix_linear_attention, selective_scan, taylor_linear_attention, taylor_linear_attention_step
+from kernels import (
+    cached_attention,
+    prefix_linear_attention,
+    selective_scan,
+    short_convolution,
+    taylor_linear_attention,
+    taylor_linear_attention_step,
+)
 from kernels.taylor_linear_attention import TaylorState, num_taylor_features
 from kernels.taylor_linear_attention.reference import taylor_state_reference
 
@@ -148,7 +155,7 @@ def taylor_cases(lengths: list[int]) -> Iterator[Case]:
         for width, truth, (num_bytes, ops_forward, ops_backward), peers in kinds:
             shape = {"B": batch, "T": length, "H": h, "f": width, "V": v_dim}
             for name, function, longest in peers():
-                if name == "ours, plain PyTorch" and batch * length > 16 * 8192:
+                if name == "ours, plain PyTorch" and (batch == 1 or batch * length > 16 * 8192):
                     continue
                 small = [draw(2, 256, h, n, dtype=dtype) for n in (width, width, v_dim)]
                 inputs = [draw(batch, length, h, n, dtype=dtype).requires_grad_() for n in (width, width, v_dim)]
@@ -305,10 +312,142 @@ def prefix_cases(lengths: list[int]) -> Iterator[Case]:
             )  # fmt: skip
 
 
+def width_cases(lengths: list[int]) -> Iterator[Case]:
+    """B16 T2048 H16 V64 at other widths and precisions, beside plain PyTorch."""
+    batch, length, h, v_dim = 16, 2048, 16, 64
+    for dtype, f in (
+        (torch.bfloat16, 8),
+        (torch.bfloat16, 24),
+        (torch.bfloat16, 32),
+        (torch.float16, 16),
+        (torch.float32, 16),
+        (torch.float32, 32),
+    ):
+        num, rows = num_taylor_features(f), batch * length * h
+        for name, backend in (("ours", "triton"), ("ours, plain PyTorch", "reference")):
+            small = [draw(2, 256, h, n, dtype=dtype) for n in (f, f, v_dim)]
+            inputs = [draw(batch, length, h, n, dtype=dtype).requires_grad_() for n in (f, f, v_dim)]
+
+            def both(inputs=inputs, backend=backend):
+                o = based(*inputs, backend)
+                torch.autograd.grad(o, inputs, o.detach())
+
+            def check(small=small, backend=backend):
+                return worst_error(lambda *x: based(*x, backend), lambda *x: based(*x, "reference"), small)
+
+            ops = rows * (14 * num * v_dim + CHUNK * (4 * f + 3 * v_dim))
+            yield Case(
+                "taylor_linear_attention", name, "forward and backward",
+                {"B": batch, "T": length, "H": h, "f": f, "V": v_dim}, dtype,
+                3 * rows * 2 * (f + v_dim) * dtype.itemsize, ops, both, check, True,
+            )  # fmt: skip
+
+
+def convolution_peers() -> Iterator[tuple[str, Callable]]:
+    yield "ours", lambda *x: short_convolution(*x, backend="triton")
+    yield "ours, plain PyTorch", lambda *x: short_convolution(*x, backend="reference")
+    if installed("causal_conv1d"):
+        from causal_conv1d import causal_conv1d_fn
+
+        yield "causal-conv1d", lambda x, w, b: causal_conv1d_fn(x.transpose(1, 2), w.flip(1), b).transpose(1, 2)
+
+
+def convolution_cases(lengths: list[int]) -> Iterator[Case]:
+    """Short convolutions at the sizes of the recall experiments; a run takes more inputs than the cache holds."""
+    batch, length, d, calls = 256, 256, 128, 6
+    for dtype, taps in ((torch.float32, 3), (torch.bfloat16, 3), (torch.bfloat16, 4)):
+        size = batch * length * d * dtype.itemsize
+        for name, function in convolution_peers():
+            weights = [draw(d, taps, dtype=dtype), draw(d, dtype=dtype)]
+            xs = [draw(batch, length, d, dtype=dtype).requires_grad_() for _ in range(calls)]
+            leaves = [w.requires_grad_() for w in weights]
+            outputs = []
+
+            def check(function=function, dtype=dtype, taps=taps):
+                small = [draw(2, 100, d, dtype=dtype), draw(d, taps, dtype=dtype), draw(d, dtype=dtype)]
+                return worst_error(function, lambda *x: short_convolution(*x, backend="reference"), small)
+
+            def forward(function=function, xs=xs, weights=weights):
+                with torch.no_grad():
+                    return [function(x, *weights) for x in xs]
+
+            def backward(function=function, xs=xs, leaves=leaves, outputs=outputs):
+                if not outputs:
+                    outputs.extend((function(x, *leaves), torch.randn_like(x)) for x in xs)
+                pairs = zip(xs, outputs)
+                return [torch.autograd.grad(y, [x, *leaves], dy, retain_graph=True) for x, (y, dy) in pairs]
+
+            shape = {"B": batch, "T": length, "D": d, "W": taps}
+            what = ("short_convolution", name)
+            elements = batch * length * d
+            yield Case(*what, "forward", shape, dtype, 2 * size, 2 * taps * elements, forward, check, True, calls)
+            yield Case(*what, "backward", shape, dtype, 3 * size, 4 * taps * elements, backward, check, True, calls)
+
+
+def window_peers() -> Iterator[tuple[str, Callable]]:
+    """Attention of q [B, H, K] to the first `used` slots of a ring [B, W, H, K], all of which are in use."""
+    yield "ours", lambda q, k, v, at: cached_attention(q, k, v, at, backend="triton")
+    yield "ours, plain PyTorch", lambda q, k, v, at: cached_attention(q, k, v, at, backend="reference")
+
+    def by_sdpa(q, k, v, at):
+        k, v = (x.transpose(1, 2) for x in (k, v))
+        mask = torch.arange(k.shape[2], device=q.device) <= at
+        return torch.nn.functional.scaled_dot_product_attention(q.unsqueeze(2), k, v, mask[None]).squeeze(2)
+
+    yield "SDPA", by_sdpa
+    if installed("flash_attn"):
+        from flash_attn import flash_attn_with_kvcache
+
+        def by_flash(q, k, v, at):
+            used = (at + 1).clamp(max=k.shape[1]).to(torch.int32).expand(q.shape[0]).contiguous()
+            return flash_attn_with_kvcache(q.unsqueeze(1), k, v, cache_seqlens=used).squeeze(1)
+
+        yield "flash-attn, KV cache", by_flash
+
+
+def window_cases(lengths: list[int]) -> Iterator[Case]:
+    """A step of attention to 128 tokens, B128 H16 width 64: the token is put in its slot, then the ring is read."""
+    h, width, window, calls = 16, 64, 128, 4
+    for dtype in (torch.bfloat16, torch.float32):
+
+        def inputs(batch, dtype=dtype):
+            rings = [draw(batch, window, h, width, dtype=dtype) for _ in range(2)]
+            return *rings, *(draw(batch, h, width, dtype=dtype) for _ in range(3))
+
+        given = [inputs(128) for _ in range(calls)]
+        position = torch.tensor(1000, device="cuda")
+        for name, attend in window_peers():
+
+            def step(ring_k, ring_v, q, k, v, attend=attend, position=position):
+                slot = (position % window).view(1)
+                ring_k.index_copy_(1, slot, k.unsqueeze(1))
+                ring_v.index_copy_(1, slot, v.unsqueeze(1))
+                return attend(q, ring_k, ring_v, position)
+
+            def check(step=step, inputs=inputs):
+                ring_k, ring_v, q, k, v = inputs(3)
+                o = step(ring_k, ring_v, q, k, v)
+                s = torch.einsum("bhk,bwhk->bhw", q.double(), ring_k.double()) * width**-0.5
+                return error(o, torch.einsum("bhw,bwhk->bhk", s.softmax(-1), ring_v.double()))
+
+            def run(step=step, given=given):
+                with torch.no_grad():
+                    return [step(*x) for x in given]
+
+            rows = 128 * h * window
+            yield Case(
+                "sliding-window step", name, "step", {"B": 128, "H": h, "K": width, "W": window}, dtype,
+                2 * rows * width * dtype.itemsize, 2 * rows * width, run, check, True, calls,
+            )  # fmt: skip
+
+
 OPS: dict[str, Callable[[list[int]], Iterator[Case]]] = {
     "taylor_linear_attention": taylor_cases,
     "taylor_linear_attention_step": taylor_step_cases,
     "prefix_linear_attention": prefix_cases,
+    "widths": width_cases,
+    "short_convolution": convolution_cases,
+    "sliding_window": window_cases,
 }
 
 
@@ -450,8 +589,8 @@ def table(records: dict) -> str:
         f"{found['device']}, torch {found['torch']}, Triton {found['triton']}, commit {found['commit'][:12]}; "
         f"copy {limits['copy_tb_per_s']:.2f} TB/s, bf16 product {limits['bf16_tflop_per_s']:.0f} TFLOP/s.",
         "",
-        "| operation | shape | | implementation | ms (20th to 80th percentile) | TB/s | TFLOP/s | share of the limit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| operation | shape | dtype | | implementation | ms (20th to 80th percentile) | TB/s | TFLOP/s | of limit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in records["rows"]:
         if "ms" not in row:
@@ -459,6 +598,7 @@ def table(records: dict) -> str:
         cells = (
             row["op"],
             " ".join(f"{key}{value}" for key, value in row["shape"].items()),
+            row["dtype"],
             row["direction"],
             row["implementation"],
             f"{row['ms']:.4g} ({row['ms_20']:.4g} to {row['ms_80']:.4g})",

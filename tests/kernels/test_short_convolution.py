@@ -39,7 +39,7 @@ def error(actual, expected):
 
 
 def check_against_float64(case, dtype, device, backend="triton"):
-    """Off by at most twice what plain PyTorch is off by in the same dtype, or four roundings: sums have another order."""
+    """Off by at most twice what plain PyTorch is off by in the same dtype, or four roundings: sums differ in order."""
     *inputs, dy = example(*case, dtype=dtype, device=device)
     actual, rough = (with_gradients(inputs, dy, name) for name in (backend, "reference"))
     expected = with_gradients(inputs, dy, "reference", torch.float64)
