@@ -161,6 +161,7 @@ def test_a_node_that_is_lost_costs_no_run(tmp_path, make_run, watcher, cluster):
         assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_runs_share_a_gpu_by_fractions(tmp_path, make_run, cluster):
     """A GPU that Ray believes in is enough to see who gets it: two runs at once, the third after one of them."""
     from zoology.engines.ray import RayEngine

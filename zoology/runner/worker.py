@@ -77,7 +77,9 @@ def attempt(
         return execute(setup, RunConfig(**json.loads(config_json)), on_epoch), None
     except TrainingDiverged as error:
         return None, Failure("diverged", str(error))
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except MemoryError as error:
+        return None, Failure("out of memory", f"out of memory: {error}", traceback.format_exc())
+    except torch.OutOfMemoryError as error:
         memory = read_memory(setup.device)
         taken = f" with {memory.peak / 1e9:.1f} GB taken" if memory else ""
         return None, Failure("out of memory", f"out of memory{taken}: {error}", traceback.format_exc())
