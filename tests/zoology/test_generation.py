@@ -1,5 +1,6 @@
 """Generation in static states: the parallel form's logits whatever the chunks, the same tokens, and clear refusals."""
 
+import copy
 from typing import NamedTuple
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import zoology.graphs
 from architectures import SequenceMixer, register, registry
 from architectures.mixer import state_tensors
-from zoology import generation
+from zoology import generation, presets
 from zoology.config import ModelConfig, layer
 from zoology.generation import Decoder, DoesNotFit
 from zoology.model import LanguageModel
@@ -60,6 +61,16 @@ def test_a_prefix_is_read_whole_with_the_first_chunk(chunk_size):
     actual = decoded_logits(Decoder(model, 2, 20, chunk_size=chunk_size), tokens, 13, 6)
     assert torch.allclose(actual, expected, rtol=1e-8, atol=1e-11)
     assert not torch.allclose(actual, model(tokens)[:, 12:], rtol=1e-3)
+
+
+def test_wide_heads_are_cached_in_multiples_of_8():
+    torch.manual_seed(0)
+    layers = tuple(layer(name, num_heads=2, rotary_fraction=36 / 70) for name in ("attention", "sliding_window"))
+    config = ModelConfig(vocab_size=32, d_model=140, layers=layers)
+    model, tokens = LanguageModel(config).double().eval(), draw(2, 20)
+    assert [count for count in model.state_fields(64).values() if count] == [64 * 2 * 72] * 4
+    actual = decoded_logits(Decoder(model, 2, 20, chunk_size=5), tokens, 12)
+    assert torch.allclose(actual, model(tokens)[:, 11:], rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
@@ -308,3 +319,45 @@ def test_bad_generation():
             model.generate(draw(2, 4), count)
     with pytest.raises(ValueError, match=r"tokens have shape \[2, 0\]"):
         model.generate(draw(2, 4)[:, :0], 3)
+
+
+# -- on the device ---------------------------------------------------------------------------------------------
+
+ON_DEVICE = {
+    "based": {"layers": presets.config("based-360m").layers[:3], "d_model": 1024},
+    "jrt": {"layers": presets.config("jrt-360m").layers[:3], "d_model": 1024},
+    "mamba": {"layers": presets.config("mamba-360m").layers[:2], "d_model": 512},
+    "attention": {"layers": presets.config("attention-1.3b").layers[:2], "d_model": 1680},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_graphs_on_the_device(name, compiled):
+    """In bfloat16 no further from float32 than the parallel form is; the recorded step is the step, token for token."""
+    options = ON_DEVICE[name] | {"vocab_size": 512, "norm": "rmsnorm", "channel_mixer": "swiglu", "init_std": 0.05}
+    config = ModelConfig(**options, n_layers=len(options["layers"]), embed_dropout=0.0)
+    model, prefix_length = presets.build_config(config, device="cuda"), 64 if name == "jrt" else 0
+    exact = copy.deepcopy(model).float()
+    for block in exact.blocks:
+        block.mixer.force_backend("reference")
+    tokens = torch.randint(0, 512, (4, 260), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        expected, parallel = exact(tokens, prefix_length), model(tokens, prefix_length)
+
+    def error(logits):
+        reference = expected[:, 219:]
+        return float((logits.float() - reference).norm() / reference.norm())
+
+    decoder = Decoder(model, 4, 320, chunk_size=80, compiled=compiled)
+    assert error(decoded_logits(decoder, tokens, 220, prefix_length)) < 1.25 * error(parallel[:, 219:])
+    texts = []
+    for graphs, temperature, seed in ((True, 0, 0), (False, 0, 0), (True, 1.0, 5), (True, 1.0, 5), (True, 1.0, 6)):
+        decoder.graphs = graphs
+        decoder.reset()
+        decoder.prefill(tokens[:, :220], prefix_length)
+        texts.append(decoder.decode(tokens[:, 220], 90, temperature=temperature, seed=seed))
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[2], texts[3])
+    assert not torch.equal(texts[3], texts[4])
