@@ -12,6 +12,7 @@ import zoology.runner.store as store
 from architectures import backends
 from architectures.backends import BackendError
 from zoology.config import SCHEMA_VERSION, TrainConfig
+from zoology.engines.local import Finished
 from zoology.runner import plan, worker
 from zoology.runner.driver import Exit, partition, run_sweep
 from zoology.runner.plan import PlanError
@@ -343,6 +344,50 @@ def test_the_longest_runs_start_first(make_run):
     assert plan.longest_first([short, wide, long], lambda run: None) == [long, wide, short]
     seconds = {short.run_id: 3.0, long.run_id: 1.0, wide.run_id: 2.0}
     assert plan.longest_first([short, wide, long], lambda run: seconds[run.run_id]) == [short, wide, long]
+
+
+class InstantEngine:
+    """Runs end at once, having taken the seconds that `walls` says, by run id."""
+
+    slots, built = 1, None
+
+    def __init__(self, walls):
+        self.walls, self.started, self.ended = walls, [], True
+
+    @property
+    def free(self):
+        return int(self.ended)
+
+    def fits(self, point_id, needs):
+        return True
+
+    def start(self, run_id, point_id, config_json, needs):
+        self.started.append(run_id)
+        self.ended = False
+
+    def poll(self, timeout):
+        self.ended = True
+        return [Finished(self.started[-1], {"wall_seconds": self.walls[self.started[-1]]}, None)]
+
+    def stop(self):
+        pass
+
+
+def test_what_is_longest_is_learnt_on_the_way(tmp_path, make_run, watcher):
+    """By operations the small attention is longer than the small Based; the first Based that was timed says otherwise."""
+    attention, based = ("base_conv", "attention"), ("base_conv", "based")
+    runs = plan.make_plan(
+        [make_run(based, epochs=9), make_run(attention, epochs=20), make_run(attention, epochs=6), make_run(based)],
+        "cpu",
+    )
+    longest, second, third, last = plan.longest_first(runs, lambda run: None)
+    assert [run.config.architecture for run in (longest, second, third, last)] == [
+        "attention", "based", "attention", "based",
+    ]  # fmt: skip
+    rates = {"attention": 1e-9, "based": 1e-7}
+    engine = InstantEngine({run.run_id: run.cost * rates[run.config.architecture] for run in runs})
+    sweep(runs, tmp_path, engine, watcher)
+    assert engine.started == [longest.run_id, second.run_id, last.run_id, third.run_id]
 
 
 def test_estimates_learn_from_the_point_then_the_architecture_then_any(make_run):

@@ -209,6 +209,7 @@ class _Sweep:
         self.fresh = fresh
         self.records: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
+        self.timed: set[str] = set()  # architectures of which a run finished here
 
     def loop(self, stop: Callable[[], Exit | None]) -> Exit:
         progress = self.progress
@@ -296,10 +297,20 @@ class _Sweep:
             self._fail(event.run_id, Failure("crashed", f"finished, but its result cannot be written: {error}"))
             return
         self.records[event.run_id] = record
-        self.progress.estimate.observe(active.run, record["wall_seconds"])
+        self._learn_seconds(active.run, record["wall_seconds"])
         if event.peak_memory is not None:
             self.memory.observe(active.run, event.peak_memory, whole=True)
         self._leave(active, record, "")
+
+    def _learn_seconds(self, run: PlannedRun, seconds: float) -> None:
+        """What is longest is known better once an architecture was timed: its operations say little about that."""
+        estimate, pending = self.progress.estimate, self.progress.pending
+        estimate.observe(run, seconds)
+        if run.config.architecture not in self.timed:
+            self.timed.add(run.config.architecture)
+            ordered = longest_first(pending, estimate.seconds)
+            pending.clear()
+            pending.extend(ordered)
 
     def _retry(self, active: Active) -> None:
         active.attempt += 1
