@@ -374,7 +374,7 @@ class InstantEngine:
 
 
 def test_what_is_longest_is_learnt_on_the_way(tmp_path, make_run, watcher):
-    """By operations the small attention is longer than the small Based; the first Based that was timed says otherwise."""
+    """By operations the short attention is longer than the short Based; the first Based that was timed says no."""
     attention, based = ("base_conv", "attention"), ("base_conv", "based")
     runs = plan.make_plan(
         [make_run(based, epochs=9), make_run(attention, epochs=20), make_run(attention, epochs=6), make_run(based)],
