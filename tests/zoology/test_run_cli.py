@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 import time
+from collections import deque
 
 import pytest
 from rich.console import Console
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from zoology import __main__, run
 from zoology.config import SCHEMA_VERSION
 from zoology.runner import plan, progress
-from zoology.runner.driver import Exit, run_sweep
+from zoology.runner.driver import Exit, Progress, run_sweep
 from zoology.runner.worker import Failure
 
 EXPERIMENT = """
@@ -316,6 +317,18 @@ def test_the_live_view_has_a_line_for_each_worker(tmp_path, make_run, in_process
 
 def test_without_a_terminal_lines_are_plain():
     assert type(progress.make_view(Console(file=io.StringIO()))) is progress.PlainView
+
+
+def test_a_line_tells_the_time_to_compile_apart(make_run, make_record):
+    (run,) = plan.make_plan([make_run()], "cpu")
+    view = progress.PlainView(Console(file=io.StringIO()))
+    view.begin(Progress(2, 1, 0, deque(), {}, plan.Estimate(), 1))
+    for built in (24.3, 0.0):
+        record = make_record(run.config, 0.5, seconds=61.0) | {"execution": {"build_seconds": built}}
+        view.finished(run, record, "")
+    lines = view.console.file.getvalue().splitlines()
+    assert lines[0].endswith("validation 0.500, 1 epochs, 1 min 01 s, 24 s of them to compile")
+    assert lines[1].endswith("validation 0.500, 1 epochs, 1 min 01 s")
 
 
 @pytest.mark.parametrize(
