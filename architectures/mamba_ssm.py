@@ -172,12 +172,12 @@ def read_prompt(
 def _convolution(x, weight, bias, activation):
     from causal_conv1d import causal_conv1d_fn
 
-    return causal_conv1d_fn(x, weight, bias, activation=activation)
+    return causal_conv1d_fn(x, weight, bias, activation=activation).contiguous()
 
 
 @_convolution.register_fake
 def _(x, weight, bias, activation):
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op(
@@ -189,8 +189,10 @@ def _(x, weight, bias, activation):
 def _scan(x, dt, B, C, A, D, dt_bias, z):
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    x, dt, B, C, z = (part.contiguous() for part in (x, dt, B, C, z))
-    return selective_scan_fn(x, dt, A, B, C, D=D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True)
+    y, last = selective_scan_fn(
+        x, dt, A, B, C, D=D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True
+    )
+    return y.contiguous(), last.contiguous()
 
 
 @_scan.register_fake
