@@ -10,8 +10,10 @@ gives any set of monomials on the tensor cores, and its transpose (e1^T x^T) * (
 the layout of the left operand of the state update phi(k)^T v. The gradient goes back the same way:
 dx = (dphi * (x e2)) e1^T + (dphi * (x e1)) e2^T.
 
-Feature c of a kernel is pair c for c < NQ = f (f + 1) / 2, then the f linear ones, then the constant; a kernel's
-state holds bare monomials, and the factors of `scale` sit on the side of q. States in device memory between
+Feature c of a kernel is pair c for c < NQ = f (f + 1) / 2, and so comes in groups of f, one per distance, with the f
+linear ones as the group after the pairs. For even f the last group of pairs is half empty, and the constant is where
+its second half starts; for odd f it comes last. A kernel's state holds bare monomials (0 where there is no feature),
+and the factors of `scale` sit on the side of x. States in device memory between
 kernels keep this "raw" order, padded to NB blocks of BF features; the public order and factors of
 `reference.py` are converted where a state enters or leaves.
 
@@ -36,6 +38,14 @@ def _operand(x, OP: tl.constexpr, PREC: tl.constexpr):
 
 
 @triton.jit
+def _kinds(c, F: tl.constexpr):
+    """Whether feature c is linear, and whether it is the constant."""
+    LINEAR: tl.constexpr = (F // 2 + 1) * F
+    CONSTANT: tl.constexpr = F * (F + 1) // 2 + (F % 2) * F
+    return (c >= LINEAR) & (c < LINEAR + F), c == CONSTANT
+
+
+@triton.jit
 def _select(
     i_b,
     WHICH: tl.constexpr,
@@ -52,9 +62,10 @@ def _select(
     r = tl.arange(0, 2 * BF if WHICH == 3 else BF)
     c = i_b * BF + r % BF
     i = tl.arange(0, FP)
-    first = tl.where(c < NQ, c % F, tl.where(c < NQ + F, c - NQ, -1))
+    linear, constant = _kinds(c, F)
+    first = tl.where((c < NQ) | linear, c % F, -1)
     second = tl.where(c < NQ, (c % F + c // F) % F, -1)
-    first_one, second_one = c == NQ + F, (c >= NQ) & (c <= NQ + F)
+    first_one, second_one = constant, linear | constant
     if WHICH == 1:
         index, one = first, first_one
     elif WHICH == 2:
@@ -69,7 +80,8 @@ def _weights(i_b, scale, F: tl.constexpr, BF: tl.constexpr):
     """Weight of each monomial in 1 + s + s^2 / 2: [BF], the square of what `_public` multiplies by."""
     NQ: tl.constexpr = F * (F + 1) // 2
     c = i_b * BF + tl.arange(0, BF)
-    return tl.where(c < F, 0.5 * scale * scale, tl.where(c < NQ, scale * scale, tl.where(c < NQ + F, scale, 1.0)))
+    linear, _ = _kinds(c, F)
+    return tl.where(c < F, 0.5 * scale * scale, tl.where(c < NQ, scale * scale, tl.where(linear, scale, 1.0)))
 
 
 @triton.jit
@@ -77,11 +89,10 @@ def _public(i_b, scale, F: tl.constexpr, BF: tl.constexpr):
     """Of each feature of block i_b: its row in the public state, whether it exists, and public over raw."""
     NQ: tl.constexpr = F * (F + 1) // 2
     c = i_b * BF + tl.arange(0, BF)
-    row = tl.where(c < NQ, 1 + F + c, tl.where(c < NQ + F, 1 + c - NQ, 0))
-    factor = tl.where(
-        c < F, scale * 0.7071067811865476, tl.where(c < NQ, scale, tl.where(c < NQ + F, tl.sqrt(scale), 1.0))
-    )
-    return row, c <= NQ + F, factor
+    linear, constant = _kinds(c, F)
+    row = tl.where(c < NQ, 1 + F + c, tl.where(linear, 1 + c % F, 0))
+    factor = tl.where(c < F, scale * 0.7071067811865476, tl.where(c < NQ, scale, tl.where(linear, tl.sqrt(scale), 1.0)))
+    return row, (c < NQ) | linear | constant, factor
 
 
 @triton.jit
@@ -106,16 +117,35 @@ def _factors(
 
 
 @triton.jit
-def _repeat(b_x, weight, i_b, BF: tl.constexpr):
-    """First factor of block i_b of pairs, in whole distances, times `weight`, half of it where both factors are one.
+def _groups(i_b, F: tl.constexpr, BF: tl.constexpr):
+    """Of block i_b as [1, BF / F, F]: the number of each group of F features, and where the constant is."""
+    g = i_b * (BF // F) + tl.arange(0, BF // F)[None, :, None]
+    return g, (g == F // 2) & (tl.arange(0, F)[None, None, :] == F // 2)
 
-    Pair c has c % F as its first: that is x [C, F] over and over, [C, BF], and takes no product.
+
+@triton.jit
+def _repeat(b_x, scale, i_b, F: tl.constexpr, BF: tl.constexpr):
+    """First factor of block i_b, of features in whole groups, times the weights: [C, BF / F, F].
+
+    Feature c has c % F as its first: that is x [C, F] over and over, and takes no product.
     """
-    R: tl.constexpr = BF // b_x.shape[1]
-    x = tl.broadcast_to((b_x.to(tl.float32) * weight)[:, None, :], (b_x.shape[0], R, b_x.shape[1]))
+    shape: tl.constexpr = (b_x.shape[0], BF // F, F)
+    x = b_x.to(tl.float32)
+    x1 = tl.broadcast_to((x * (scale * scale))[:, None, :], shape)
+    g, constant = _groups(i_b, F, BF)
     if i_b == 0:
-        x = tl.where((tl.arange(0, R) == 0)[None, :, None], 0.5 * x, x)
-    return tl.reshape(x, (b_x.shape[0], BF))
+        x1 = tl.where(g == 0, 0.5 * x1, x1)
+    if (i_b + 1) * BF > F * (F + 1) // 2:
+        x1 = tl.where(g == F // 2 + 1, tl.broadcast_to((x * scale)[:, None, :], shape), x1)
+        x1 = tl.where(constant, 1.0, x1)
+    return x1
+
+
+@triton.jit
+def _second(b_x, i_b, F: tl.constexpr, BF: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr):
+    """Second factor of block i_b, of features in whole groups; 0 where it is one: [C, BF / F, F]."""
+    e2, _ = _select(i_b, 2, F, F, BF, OP)
+    return tl.reshape(tl.dot(b_x, tl.trans(e2), input_precision=PREC), (b_x.shape[0], BF // F, F))
 
 
 @triton.jit
@@ -134,8 +164,9 @@ def _gather(
     """
     NQ: tl.constexpr = F * (F + 1) // 2
     c = i_b * BF + tl.arange(0, BF)
+    linear, _ = _kinds(c, F)
     if WHICH == 1:
-        index, picks = tl.where(c < NQ, c % F, c - NQ), c < NQ + F
+        index, picks = c % F, (c < NQ) | linear
     else:
         index, picks = (c % F + c // F) % F, c < NQ
     if TRANSPOSED:
@@ -175,17 +206,19 @@ def _features_t(
     NQ: tl.constexpr = F * (F + 1) // 2
     if GATHER:
         c = i_b * BF + tl.arange(0, BF)
+        linear, constant = _kinds(c, F)
         x1 = _gather(p_x, m, i_b, 1, True, F, BF)
         x2 = _gather(p_x, m, i_b, 2, True, F, BF)
-        b_p = tl.where((c <= NQ + F)[:, None] & (m != 0)[None, :], x1 * x2, 0.0)
+        b_p = tl.where(((c < NQ) | linear | constant)[:, None] & (m != 0)[None, :], x1 * x2, 0.0)
     else:
         e, _ = _select(i_b, 3, F, x_t.shape[0], BF, OP)
         x12 = tl.dot(e, x_t, input_precision=PREC)
         x1, x2 = tl.split(tl.permute(tl.reshape(x12, (2, BF, x_t.shape[1])), (1, 2, 0)))
         if PARTS > 1 or (i_b + 1) * BF > NQ:
             c = i_b * BF + tl.arange(0, BF)
-            x1 += (c == NQ + F).to(tl.float32)[:, None]
-            one2 = ((c >= NQ) & (c <= NQ + F)).to(tl.float32)[:, None]
+            linear, constant = _kinds(c, F)
+            x1 += constant.to(tl.float32)[:, None]
+            one2 = (linear | constant).to(tl.float32)[:, None]
             x2 += one2 if EVEN else one2 * m[None, :]
         b_p = x1 * x2
     return b_p
@@ -481,8 +514,13 @@ def _read(
     GATHER: tl.constexpr,
 ):
     """Add phi(x).S to b_o [C, BV] and phi(x).z to b_n [C], block i_b."""
-    if PARTS == 1 and not GATHER and b_x.shape[1] == F and BF % F == 0 and (i_b + 1) * BF <= F * (F + 1) // 2:
-        b_p = _repeat(b_x, scale * scale, i_b, BF) * _factors(b_x, i_b, 2, F, BF, OP, PREC, PARTS)
+    PAIRS: tl.constexpr = F * (F + 1) // 2
+    if PARTS == 1 and not GATHER and b_x.shape[1] == F and BF % F == 0 and (not NORMALISE or (i_b + 1) * BF <= PAIRS):
+        x2 = _second(b_x, i_b, F, BF, OP, PREC)
+        if (i_b + 1) * BF > F * (F + 1) // 2:
+            g, constant = _groups(i_b, F, BF)
+            x2 = tl.where((g == F // 2 + 1) | constant, 1.0, x2)
+        b_p = tl.reshape(_repeat(b_x, scale, i_b, F, BF) * x2, (b_x.shape[0], BF))
     else:
         if GATHER:
             x1 = _gather(p_x, b_m, i_b, 1, False, F, BF)
@@ -701,14 +739,19 @@ def _pull_back(
 ):
     """Add to b_dx [C, FP] the gradient of x behind the features of block i_b, dphi(x) = S y + z c, c [C, 16]."""
     e2, _ = _select(i_b, 2, F, b_x.shape[1], BF, OP)
-    if PARTS == 1 and not GATHER and b_x.shape[1] == F and BF % F == 0 and (i_b + 1) * BF <= F * (F + 1) // 2:
+    if PARTS == 1 and not GATHER and b_x.shape[1] == F and BF % F == 0:
         b_g = tl.dot(b_y, tl.trans(_operand(b_s, OP, PREC)), input_precision=PREC)
         b_g = tl.dot(b_c, tl.trans(_z_operand(b_z, OP)), acc=b_g, input_precision=PREC)
-        b_1 = tl.reshape(b_g * _factors(b_x, i_b, 2, F, BF, OP, PREC, PARTS), (b_x.shape[0], BF // F, F))
+        b_g = tl.reshape(b_g, (b_x.shape[0], BF // F, F))
+        b_1 = b_g * _second(b_x, i_b, F, BF, OP, PREC)
+        g, _ = _groups(i_b, F, BF)
         if i_b == 0:
-            b_1 = tl.where((tl.arange(0, BF // F) == 0)[None, :, None], 0.5 * b_1, b_1)
+            b_1 = tl.where(g == 0, 0.5 * b_1, b_1)
+        if (i_b + 1) * BF > F * (F + 1) // 2:
+            b_1 = tl.where(g == F // 2 + 1, b_g / scale, b_1)
         b_dx += tl.sum(b_1, 1) * (scale * scale)
-        b_dx += tl.dot(_operand(b_g * _repeat(b_x, scale * scale, i_b, BF), OP, PREC), e2, input_precision=PREC)
+        b_g = tl.reshape(b_g * _repeat(b_x, scale, i_b, F, BF), (b_x.shape[0], BF))
+        b_dx += tl.dot(_operand(b_g, OP, PREC), e2, input_precision=PREC)
     else:
         # One factor after the other: both at once would not fit in the registers.
         b_w = _weights(i_b, scale, F, BF)
