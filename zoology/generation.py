@@ -281,6 +281,7 @@ class Decoder:
         self.temperature = torch.ones((), device=self.device)
         self.generator = torch.Generator(self.device)
         self.logits: Tensor | None = None
+        self._chunk_bytes: dict[int, int] = {}
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = None
         self._functions, self._finish = self._choose_functions()
@@ -318,16 +319,7 @@ class Decoder:
             prefix_length = 0
         first = min(length, max(self.chunk_size, prefix_length))
         longest = max(first, min(length - first, self.chunk_size))
-        dtype = self._zero.dtype
-        needs = memory_needed(self.model.config, self.batch_size, 1, longest, dtype, weights=False)
-        available = available_memory(self.device)
-        if available is not None and needs.activations > available:
-            raise DoesNotFit(
-                f"a prefill of {self.batch_size} x {longest} tokens at once needs about {needs.activations:,} bytes; "
-                f"{available:,} bytes are available on {self.device}: lower chunk_size",
-                needs.activations,
-                available,
-            )
+        self._check_chunk(longest)
         last = self._read(tokens[:, :first], prefix_length)
         for start in range(first, length, self.chunk_size):
             last = self._read(tokens[:, start : start + self.chunk_size], 0)
@@ -377,6 +369,20 @@ class Decoder:
         if self.seen + length > self.max_seq_len:
             raise ValueError(
                 f"the decoder holds max_seq_len={self.max_seq_len} tokens, {self.seen} are in it, {length} more came"
+            )
+
+    def _check_chunk(self, length: int) -> None:
+        if length not in self._chunk_bytes:
+            dtype = self._zero.dtype
+            needs = memory_needed(self.model.config, self.batch_size, 1, length, dtype, weights=False)
+            self._chunk_bytes[length] = needs.activations
+        needed, available = self._chunk_bytes[length], available_memory(self.device)
+        if available is not None and needed > available:
+            raise DoesNotFit(
+                f"a prefill of {self.batch_size} x {length} tokens at once needs about {needed:,} bytes; "
+                f"{available:,} bytes are available on {self.device}: lower chunk_size",
+                needed,
+                available,
             )
 
     def _read(self, tokens: Tensor, prefix_length: int) -> Tensor:

@@ -227,17 +227,21 @@ def test_a_step_is_one_graph_for_all_layers_of_a_kind(monkeypatch):
     monkeypatch.setattr(
         zoology.graphs, "compile_apart", lambda function, dynamic: original(function, backend=count, dynamic=dynamic)
     )
-    model, tokens = build(EXPANDED, BASED, WINDOW, ATTENTION, EXPANDED, BASED, norm="rmsnorm"), draw(2, 14)
+    model, tokens = build(EXPANDED, WINDOW, ATTENTION, EXPANDED, norm="rmsnorm"), draw(2, 14)
     decoder = Decoder(model, 2, 14, compiled=True)
     for prompt in (9, 11):
         decoder.reset()
         actual = decoded_logits(decoder, tokens, prompt)
         assert torch.allclose(actual, model(tokens)[:, prompt - 1 :], rtol=1e-9, atol=1e-12)
-    # Steps, chunks of any length and the head; the reference of based is a loop over its own chunks.
-    assert len(traced) == 4 + (4 + 1) + 1
+    # Steps, chunks of any length, and the head.
+    assert len(traced) == 3 + 3 + 1
 
 
-def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(own_mixers, caplog):
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(own_mixers, caplog, monkeypatch):
+    original = zoology.graphs.compile_apart
+    monkeypatch.setattr(
+        zoology.graphs, "compile_apart", lambda function, dynamic: original(function, backend="eager", dynamic=dynamic)
+    )
     model, tokens = build(layer("own_branches")), draw(2, 9)
     decoder = Decoder(model, 2, 9, compiled=True)
     with caplog.at_level("WARNING", logger="zoology"):
