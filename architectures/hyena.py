@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from architectures.layers import ShortConvolution, check_room
-from architectures.long_conv import convolve_on, filter_clock
+from architectures.long_conv import convolve_on, exact_linear, filter_clock
 from architectures.mixer import SequenceMixer
 from architectures.registry import register
 from kernels.fft_conv import fft_conv
+from kernels.short_convolution import short_convolution
 
 
 class HyenaState(NamedTuple):
@@ -38,6 +39,8 @@ class ImplicitFilter(nn.Module):
         widths = [1 + 2 * num_bands, *[width] * (1 + num_inner)]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.last = nn.Linear(width, channels, bias=False)
+        for layer in (*self.layers, self.last):
+            layer.keep_float32 = True  # for whoever keeps weights in the dtype that autocast casts them to
         self.frequency = nn.Parameter(torch.ones(width))
         decay = torch.linspace(-math.log(1e-2) / 1.5, -math.log(1e-2) / 0.3, channels)
         self.register_buffer("decay", decay, persistent=False)
@@ -45,11 +48,12 @@ class ImplicitFilter(nn.Module):
     def forward(self, length: int) -> Tensor:
         """The first `length` taps, [L, channels]."""
         weight = self.last.weight
-        clock = filter_clock(torch.arange(length, device=weight.device), self.span, self.num_bands, weight.dtype)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        clock = filter_clock(torch.arange(length, device=weight.device), self.span, self.num_bands, exact)
         hidden = clock
         for layer in self.layers:
-            hidden = torch.sin(self.frequency * layer(hidden))
-        return self.last(hidden) * torch.exp(-clock[:, :1] * self.decay.to(weight.dtype))
+            hidden = torch.sin(self.frequency.to(exact) * exact_linear(layer, hidden))
+        return exact_linear(self.last, hidden) * torch.exp(-clock[:, :1] * self.decay.to(exact))
 
 
 @register("hyena", paper="arXiv:2302.10866")
@@ -114,10 +118,10 @@ class Hyena(SequenceMixer):
         return self.out_proj(v * gates[0]), torch.stack(kept, dim=2) if kept else None
 
     def forward(self, x: Tensor) -> Tensor:
-        projected = self.in_proj(x)
-        # Under autocast float32 weights would widen what is kept for the backward pass.
-        convolved = self.short_conv(projected).to(projected.dtype)
-        return self._operate(convolved, self.filter(x.shape[1]), None)[0]
+        projected, short = self.in_proj(x), self.short_conv
+        # In the dtype of the projection: under autocast float32 weights would widen what the backward pass reads.
+        weight, bias = short.weight.to(projected.dtype), short.bias.to(projected.dtype)
+        return self._operate(short_convolution(projected, weight, bias), self.filter(x.shape[1]), None)[0]
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> HyenaState:
         like = self.like_parameters(device, dtype)

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from architectures.layers import check_room
 from architectures.mixer import SequenceMixer
@@ -22,6 +23,14 @@ def filter_clock(lags: Tensor, span: int, num_bands: int, dtype: torch.dtype) ->
     frequencies = torch.linspace(1e-4, num_bands - 1, num_bands, dtype=torch.float64, device=lags.device)
     waves = angle.unsqueeze(-1) * frequencies
     return torch.cat([time.unsqueeze(-1), waves.cos(), -waves.sin()], dim=-1).to(dtype)
+
+
+def exact_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in the dtype of x, under autocast too, and where its weights are kept in less: what neighbouring lags
+    differ by is lost in 8 bits."""
+    with torch.autocast(x.device.type, enabled=False):
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(x, layer.weight.to(x.dtype), bias)
 
 
 def convolve_on(x: Tensor, taps: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +89,8 @@ class LongConv(SequenceMixer):
             self.network = nn.Sequential(
                 nn.Linear(1 + 2 * num_bands, filter_hidden), nn.ReLU(), nn.Linear(filter_hidden, d_model)
             )
+            for layer in (self.network[0], self.network[2]):
+                layer.keep_float32 = True  # for whoever keeps weights in the dtype that autocast casts them to
         else:
             self.network = None
             self.taps = nn.Parameter(torch.randn(filter_len, d_model))
@@ -88,9 +99,11 @@ class LongConv(SequenceMixer):
         """The filter at the first `length` lags, [L, D]; an explicit one may end before."""
         if self.network is None:
             return self.taps[:length]
-        weight = self.network[0].weight
-        lags = torch.arange(length, device=weight.device)
-        return self.network(filter_clock(lags, self.filter_len, self.num_bands, weight.dtype))
+        first, activation, last = self.network
+        exact = torch.promote_types(first.weight.dtype, torch.float32)
+        lags = torch.arange(length, device=first.weight.device)
+        clock = filter_clock(lags, self.filter_len, self.num_bands, exact)
+        return exact_linear(last, activation(exact_linear(first, clock)))
 
     def _gate(self, x: Tensor, convolved: Tensor) -> Tensor:
         return (convolved + x) * self.projection(x) + x

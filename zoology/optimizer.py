@@ -184,12 +184,15 @@ def _padded(size: int) -> int:
 
 
 def _linear_parameters(model: nn.Module) -> set[str]:
-    """Names of the weights and biases of linear layers, which autocast would cast at each use; none that is shared."""
+    """Names of the weights and biases of linear layers, which autocast would cast at each use; none that is shared.
+
+    A layer that computes in float32 under autocast too says so by `keep_float32 = True`.
+    """
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return {
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if type(module) is nn.Linear
+        if type(module) is nn.Linear and not getattr(module, "keep_float32", False)
         for name, parameter in module.named_parameters(recurse=False)
         if owners[id(parameter)] == 1
     }

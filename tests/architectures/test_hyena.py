@@ -91,3 +91,18 @@ def test_more_tokens_than_the_history_holds_are_refused():
 def test_shape_rules(option, value):
     with pytest.raises(ValueError, match=f"{option} must be at least {value + 1}, got {value}"):
         architectures.create("hyena", d_model=D_MODEL, **{option: value})
+
+
+@pytest.mark.parametrize("low_precision_weights", [False, True])
+def test_the_filter_tells_neighbouring_lags_apart_under_autocast(low_precision_weights):
+    """A lag is 1 / 1023 of the clock's span; bfloat16 resolves 1 / 256 at its end."""
+    torch.manual_seed(0)
+    taps = architectures.create("hyena", d_model=4).filter
+    if low_precision_weights:
+        for layer in taps.layers:
+            layer.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = taps(1024)
+    exact = taps.double()(1024)
+    assert under.dtype == torch.float32
+    assert torch.allclose(under.double(), exact, rtol=0, atol=1e-6)

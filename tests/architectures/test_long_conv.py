@@ -73,3 +73,12 @@ def test_memory_is_the_history():
 def test_shape_rules(options, message):
     with pytest.raises(ValueError, match=message):
         architectures.create("long_conv", d_model=D_MODEL, **options)
+
+
+def test_the_implicit_filter_tells_neighbouring_lags_apart_under_autocast():
+    torch.manual_seed(0)
+    mixer = architectures.create("long_conv", d_model=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = mixer._taps(1024)
+    assert under.dtype == torch.float32
+    assert torch.allclose(under.double(), mixer.double()._taps(1024), rtol=0, atol=1e-6)

@@ -318,6 +318,15 @@ def test_linear_layers_read_a_bfloat16_copy_that_follows_the_master():
     assert torch.equal(model.small.weight, master.bfloat16())
 
 
+def test_layers_that_compute_in_float32_keep_their_weights():
+    model = LanguageModel(small_run(("hyena",)).model)
+    names = [name for name, _ in model.named_parameters()]
+    FlatAdamW(model, names, weight_decay=0.0, clip_norm=None, low_precision=torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {dtypes[name] for name in names if ".filter." in name} == {torch.float32}
+    assert dtypes["blocks.0.mixer.in_proj.weight"] == torch.bfloat16
+
+
 # -- precision ----------------------------------------------------------------------------------------------
 
 
