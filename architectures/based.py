@@ -10,7 +10,7 @@ from architectures import backends
 from architectures.layers import merge_heads, split_heads
 from architectures.mixer import SequenceMixer, divide_heads
 from architectures.registry import register
-from kernels.taylor_linear_attention import TaylorState, triton_refusal
+from kernels.taylor_linear_attention import LONGEST_QUADRATIC, TaylorState, triton_refusal
 
 
 @register("based", paper="arXiv:2402.18668")
@@ -41,6 +41,8 @@ class Based(SequenceMixer):
     def unsupported(self, backend, *, device, dtype, seq_len):
         if backend != "triton":
             return None
+        if self.backend == "auto" and dtype == torch.float32 and 1 < seq_len <= LONGEST_QUADRATIC:
+            return f"in float32 up to {LONGEST_QUADRATIC} tokens the quadratic form is faster"
         return triton_refusal(torch.empty(1, 1, 1, self.feature_dim, device=device, dtype=dtype))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -215,3 +215,15 @@ def test_a_named_backend_that_cannot_run_is_refused():
             run()
     reason = mixer.unsupported("triton", device=torch.device("cuda"), dtype=torch.float32, seq_len=4)
     assert reason == "there are Triton kernels for feature_map='taylor' only"
+
+
+def test_based_takes_the_quadratic_form_of_short_float32_sequences():
+    """Named, or for longer sequences and single tokens, the Triton kernels are not passed over for their speed."""
+
+    def reason(seq_len, **options):
+        mixer = architectures.create("based", d_model=8, **options)
+        return mixer.unsupported("triton", device=torch.device("meta"), dtype=torch.float32, seq_len=seq_len)
+
+    assert reason(2) == reason(512) == "in float32 up to 512 tokens the quadratic form is faster"
+    for other in (reason(1), reason(513), reason(512, backend="triton")):
+        assert "q is on meta" in other
