@@ -19,7 +19,6 @@ import time
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -280,8 +279,7 @@ class StaticLoop:
 
         def run() -> None:
             self.model.train(train)
-            choices = rows_at_once() if self.compiled else nullcontext()
-            with torch.set_grad_enabled(train), computing_in(self.precision, self.device), choices:
+            with torch.set_grad_enabled(train), computing_in(self.precision, self.device):
                 function()
 
         if not recorded:
@@ -409,30 +407,6 @@ Reductions over rows and over columns in one kernel leave partial sums to a seco
 
 FINISH_OPTIONS: dict[str, Any] = {"force_pointwise_cat": True}
 """For the end of a step: gradients are joined within the kernel that uses them."""
-
-
-def rows_at_once() -> AbstractContextManager[None]:
-    """A region in which the compiler holds rows of up to 256 numbers whole where it sums over them and shifts tokens.
-
-    It would walk over such rows of more than 64 three times, as the norm after a short convolution needs, which took
-    72 us where a pass over memory takes 35. Nothing changes where this version of PyTorch does not know the choice.
-    """
-    try:
-        from torch._inductor.choices import InductorChoices
-        from torch._inductor.runtime.hints import ReductionHint
-        from torch._inductor.virtualized import V
-
-        choose, default = InductorChoices.should_use_persistent_reduction, ReductionHint.DEFAULT
-    except (ImportError, AttributeError):
-        return nullcontext()
-
-    class Choices(InductorChoices):
-        @staticmethod
-        def should_use_persistent_reduction(features, *rest):
-            short = V.graph.sizevars.statically_known_leq(features.reduction_numel, 256)
-            return choose(features, *rest) or (features.get_reduction_hint() == default and short)
-
-    return V.set_choices_handler(Choices())
 
 
 def compile_apart(

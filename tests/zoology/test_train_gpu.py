@@ -1,9 +1,6 @@
 """The static step, its optimizer, precision and checkpoints: on a CPU without recording, on a GPU with it."""
 
-from types import SimpleNamespace
-
 import pytest
-import sympy
 import torch
 from torch import nn
 
@@ -186,27 +183,6 @@ def test_slices_that_differ_in_their_labels_only_share_compiled_code(monkeypatch
     assert compiled == ["finish_step", "loss_of_batch"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert [e.loss for e in one.epochs] == pytest.approx([e.loss for e in other.epochs], rel=1e-5)
-
-
-def test_the_compiler_holds_short_rows_whole():
-    from torch._inductor.runtime.hints import ReductionHint
-    from torch._inductor.sizevars import SizeVarAllocator
-    from torch._inductor.virtualized import V
-
-    def whole(length):
-        features = SimpleNamespace(
-            reduction_numel=sympy.Integer(length),
-            numel=sympy.Integer(65536),
-            get_reduction_hint=lambda *scores: ReductionHint.DEFAULT,
-        )
-        with V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())):
-            return bool(V.choices.should_use_persistent_reduction(features, False))
-
-    plain = [whole(length) for length in (64, 128, 256, 512)]
-    with graphs.rows_at_once():
-        assert [whole(length) for length in (64, 128, 256, 512)] == [True, True, True, False]
-    assert [whole(length) for length in (64, 128, 256, 512)] == plain
-    assert plain == [True, False, False, False]
 
 
 def test_the_end_of_a_step_is_one_graph():
