@@ -162,8 +162,7 @@ def recall(frame: pd.DataFrame, document: dict[str, Any]) -> pd.DataFrame:
 KERNELS = {
     "matrix products": ("nvjet", "gemm", "cublas", "splitk"),
     "attention": ("flash", "cached_attention", "fmha"),
-    "linear attention": ("_apply_kernel", "_state_kernel", "_step_kernel", "taylor"),
-    "scan and convolution": ("selective_scan", "conv1d"),
+    "recurrences and convolutions": ("_apply_kernel", "_state_kernel", "_step_kernel", "selective_scan", "conv"),
     "small fused operations": ("triton_",),
 }
 """What a kernel is, by the first of these that its name has in it; what torch.compile made is called triton_..."""
@@ -408,7 +407,7 @@ def ratio(document: dict[str, Any], fast: str = "based-1.3b", slow: str = "atten
         )  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="position in the sequence (tokens)")
         axis.set_ylabel(f"decode step: {slow} / {fast}")
-        axis.xaxis.set_major_formatter("{x:,.0f}")
+        _plain_ticks(axis.xaxis)
         _plain_ticks(axis.yaxis)
         _tidy(axis, y=True)
         if len(set(parts["length"])) > 1:

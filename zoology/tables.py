@@ -1,4 +1,4 @@
-"""The README's tables, generated from the registries: `python -m zoology.tables README.md` rewrites them in place."""
+"""The README's tables, generated from registries and records: `python -m zoology.tables README.md` rewrites them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,24 @@ def task_table() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"architectures": architecture_table, "tasks": task_table}
+def of_throughput(page: str) -> Callable[[], str]:
+    """A table of `zoology.plots_throughput`, from the committed records of the 1.3B models."""
+
+    def table() -> str:
+        from zoology import plots_throughput
+
+        return getattr(plots_throughput, page)(plots_throughput.load(THROUGHPUT))
+
+    return table
+
+
+THROUGHPUT = Path(__file__).parents[1] / "experiments" / "results" / "throughput" / "models.json"
+TABLES: dict[str, Callable[[], str]] = {
+    "architectures": architecture_table,
+    "tasks": task_table,
+    "generation": of_throughput("generation_page"),
+    "prefill": of_throughput("prefill_page"),
+}
 _COMMON_OPTIONS = frozenset({"d_model", "backend", "layer_idx", "n_layers"})
 
 

@@ -391,7 +391,7 @@ def test_the_time_of_a_step_by_kernel(document):
     listed = [{"name": name, "calls": 1.0, "ms": ms, "share": 0.1} for name, ms in kernels.items()]
     profiled = document | {"records": [made_up(NAMES[1], 128) | {"longest_kernels": listed}]}
     assert plots_throughput.time_by_kernel(profiled, "generation")[NAMES[1]].to_dict() == {
-        "matrix products": 1.5, "attention": 2.0, "linear attention": 0.25, "scan and convolution": 0.0,
+        "matrix products": 1.5, "attention": 2.0, "recurrences and convolutions": 0.25,
         "small fused operations": 0.125, "everything else": 4.0,
     }  # fmt: skip
     with pytest.raises(
