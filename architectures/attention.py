@@ -115,12 +115,12 @@ class SelfAttention(SequenceMixer):
             return f"head_dim={self.head_dim}; allowed: up to {MAX_FLASH_HEAD_DIM}"
         return None
 
-    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, D], positions [T] -> q, k, v [B, T, H, K], q and k turned."""
+    def _project(self, x: Tensor, positions: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D], positions [T], below `rows` if that is known -> q, k, v [B, T, H, K], q and k turned."""
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         if self.rotary_fraction:
-            q = rotary(q, positions, fraction=self.rotary_fraction)
-            k = rotary(k, positions, fraction=self.rotary_fraction)
+            q = rotary(q, positions, fraction=self.rotary_fraction, rows=rows)
+            k = rotary(k, positions, fraction=self.rotary_fraction, rows=rows)
         return q, k, v
 
     def _caches(self, batch_size: int, slots: int, device, dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,10 +135,10 @@ class SelfAttention(SequenceMixer):
         cache.index_copy_(1, at, widen(x, cache.shape[-1]).to(cache.dtype))
         return cache
 
-    def _step(self, x: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    def _step(self, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, rows: int | None = None) -> Tensor:
         """One token x [B, D] joins the cache, in slot position mod S, and reads what is in it -> [B, D]."""
         at = position.reshape(1)
-        q, k, v = self._project(x.unsqueeze(1), at)
+        q, k, v = self._project(x.unsqueeze(1), at, rows)
         slot = at % keys.shape[1]
         self._write(keys, slot, k)
         self._write(values, slot, v)
@@ -210,7 +210,7 @@ class Attention(SelfAttention):
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         self.check_state(x, state)
         check_room(state.position, 1, state.keys.shape[1])
-        y = self._step(x, state.keys, state.values, state.position)
+        y = self._step(x, state.keys, state.values, state.position, rows=state.keys.shape[1])
         return y, AttentionState(state.keys, state.values, state.position + 1)
 
     def prefill_empty(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
@@ -221,7 +221,8 @@ class Attention(SelfAttention):
         length = x.shape[1]
         check_room(state.position, length, state.keys.shape[1])
         q, k, v = (
-            widen(part, state.keys.shape[-1]) for part in self._project(x, torch.arange(length, device=x.device))
+            widen(part, state.keys.shape[-1])
+            for part in self._project(x, torch.arange(length, device=x.device), length)
         )
         state.keys[:, :length] = k
         state.values[:, :length] = v
@@ -233,7 +234,7 @@ class Attention(SelfAttention):
         length, capacity = x.shape[1], state.keys.shape[1]
         check_room(state.position, length, capacity)
         positions = state.position + torch.arange(length, device=x.device)
-        q, k, v = self._project(x, positions)
+        q, k, v = self._project(x, positions, capacity)
         keys, values = self._write(state.keys, positions, k), self._write(state.values, positions, v)
         backend = self.backend_for(x)
         if keys.dtype != q.dtype or backends.wants_grad(q, keys, values):

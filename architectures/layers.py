@@ -5,6 +5,7 @@ Axes: B batch, T time, D channels, H heads, K head width.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -94,22 +95,50 @@ def token_shift(x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([earlier.unsqueeze(1), x[:, :-1]], dim=1), x[:, -1].to(last.dtype)
 
 
-def rotary(x: Tensor, positions: Tensor, *, fraction: float = 1.0, base: float = 10000.0) -> Tensor:
+def rotary(
+    x: Tensor, positions: Tensor, *, fraction: float = 1.0, base: float = 10000.0, rows: int | None = None
+) -> Tensor:
     """Rotary position embedding (arXiv:2104.09864) on the first `fraction` of the head width.
 
-    x [B, T, H, K], positions [T] -> [B, T, H, K]. The rotated width must be even.
+    x [B, T, H, K], positions [T] -> [B, T, H, K]. The rotated width must be even. Where all positions are known to be
+    below `rows`, the angles are looked up and not computed: a compiler would compute them for every element they turn.
     """
     width = int(x.shape[-1] * fraction)
     if width % 2:
         raise ValueError(f"rotary embedding needs an even width, got {width} of head_dim {x.shape[-1]}")
-    # A compiler computes the angles again for every element that they turn: exp2 and one precision are what that bears.
     exact = torch.promote_types(x.dtype, torch.float32)
-    exponents = torch.arange(0, width, 2, device=x.device, dtype=exact) * (-math.log2(base) / width)
-    angles = positions.to(exact)[:, None] * torch.exp2(exponents)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    if rows is not None and exact == torch.float32:
+        cos, sin = rotary_turns(positions, rows, width, base)[:, None].chunk(2, dim=-1)
+    else:
+        exponents = torch.arange(0, width, 2, device=x.device, dtype=exact) * (-math.log2(base) / width)
+        angles = positions.to(exact)[:, None] * torch.exp2(exponents)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     first, second = x[..., : width // 2], x[..., width // 2 : width]
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., width:]], dim=-1)
     return turned.to(x.dtype)
+
+
+@torch.library.custom_op(
+    "zoology::rotary_turns",
+    mutates_args=(),
+    schema="(Tensor positions, SymInt rows, int width, float base) -> Tensor",
+)
+def rotary_turns(positions: Tensor, rows: int, width: int, base: float) -> Tensor:
+    """Cosines and sines [T, width], float32, of the angles at positions [T] below `rows`."""
+    table = _rotary_table(1 << max(0, rows - 1).bit_length(), width, base, positions.device)
+    return table.index_select(0, positions)
+
+
+@rotary_turns.register_fake
+def _(positions, rows, width, base):
+    return positions.new_empty(positions.shape[0], width, dtype=torch.float32)
+
+
+@functools.lru_cache(maxsize=16)
+def _rotary_table(rows: int, width: int, base: float, device: torch.device) -> Tensor:
+    frequencies = base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
+    angles = torch.arange(rows, device=device, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
 def step_size_bias(num: int, *, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> Tensor:

@@ -60,7 +60,7 @@ class SlidingWindow(SelfAttention):
     def prefill_empty(self, x: Tensor, state: SlidingWindowState) -> tuple[Tensor, SlidingWindowState]:
         self.check_state(x, state)
         positions = torch.arange(x.shape[1], device=x.device)
-        q, k, v = self._project(x, positions)
+        q, k, v = self._project(x, positions, x.shape[1])
         o = self._attend_alone(q, k, v, positions, self.backend_for(x))
         return self.out_proj(merge_heads(o)), self._keep(k, v, positions, state)
 

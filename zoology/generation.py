@@ -27,6 +27,9 @@ log = logging.getLogger("zoology")
 PREFILL_TOKENS = 1 << 16
 """Tokens, over the whole batch, of a chunk of a prompt, unless told otherwise."""
 
+RECORDED_PROMPTS = 3
+"""Shapes of chunks that a decoder keeps a graph of."""
+
 RESERVE_BYTES = 1 << 30
 """Left alone by `check_memory`: kernels, their workspaces, the memory pools' rounding."""
 
@@ -236,6 +239,8 @@ class Decoder:
         graphs: whether decode steps are recorded as CUDA graphs; "auto": on a CUDA device.
         compiled: whether the small operations of a step are fused by torch.compile; "auto": where graphs are used. It
             costs up to a minute once per machine and model.
+        record_prompts: whether chunks of a prompt are recorded too, when their shape comes for the second time; the
+            memory of their activations is then kept. "auto": on a CUDA device.
 
     Raises DoesNotFit, before anything is allocated, if the states cannot fit, and ValueError for other bad numbers.
 
@@ -252,19 +257,21 @@ class Decoder:
         chunk_size: int | None = None,
         graphs: bool | str = "auto",
         compiled: bool | str = "auto",
+        record_prompts: bool | str = "auto",
     ):
         parameter = model.embedding.weight
         self.model, self.batch_size, self.max_seq_len = model, batch_size, max_seq_len
         self.device, dtype = parameter.device, parameter.dtype
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ValueError(f"chunk_size={chunk_size!r}: must be a whole number >= 1, or None")
-        for name, value in (("graphs", graphs), ("compiled", compiled)):
+        for name, value in (("graphs", graphs), ("compiled", compiled), ("record_prompts", record_prompts)):
             if value not in (True, False, "auto"):
                 raise ValueError(f"{name}={value!r}: must be True, False or 'auto'")
-        if graphs is True and self.device.type != "cuda":
-            raise ValueError(f"graphs=True: needs a CUDA device, the model is on {self.device}")
+            if value is True and name != "compiled" and self.device.type != "cuda":
+                raise ValueError(f"{name}=True: needs a CUDA device, the model is on {self.device}")
         self.graphs = self.device.type == "cuda" if graphs == "auto" else graphs
         self.compiled = self.graphs if compiled == "auto" else compiled
+        self.record_prompts = self.device.type == "cuda" if record_prompts == "auto" else record_prompts
         check_memory(model.config, batch_size, max_seq_len, 1, self.device, dtype=dtype, weights=False)
         self.chunk_size = chunk_size or max(1, min(max_seq_len, PREFILL_TOKENS // batch_size))
         self._zero = torch.zeros(batch_size, model.config.d_model, device=self.device, dtype=dtype)
@@ -282,6 +289,8 @@ class Decoder:
         self.generator = torch.Generator(self.device)
         self.logits: Tensor | None = None
         self._chunk_bytes: dict[int, int] = {}
+        self._read_before: set[tuple[int, int, bool]] = set()
+        self._prompts: dict[tuple[int, int, bool], tuple[Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = None
         self._functions, self._finish = self._choose_functions()
@@ -345,8 +354,12 @@ class Decoder:
             self.temperature.fill_(temperature)
         self.token.copy_(tokens)
         self.count.zero_()
+        if self.graphs and sampled not in self._graphs:
+            recorded = self._record(functools.partial(self._step, sampled), self.generator if sampled else None)
+            self.graphs = recorded is not None
+            self._graphs[sampled] = recorded
         if self.graphs:
-            graph, self.logits = self._recorded(sampled)
+            graph, self.logits = self._graphs[sampled]
             for _ in range(steps):
                 graph.replay()
         else:
@@ -386,19 +399,50 @@ class Decoder:
             )
 
     def _read(self, tokens: Tensor, prefix_length: int) -> Tensor:
-        """A chunk of a prompt, the state updated in place -> [B, D], what the last block gives for the last token."""
+        """A chunk of a prompt, the state updated in place -> [B, D], what the last block gives for the last token.
+
+        A chunk of a shape that was read before is recorded as a graph: what the host would do for every layer takes
+        longer than the device needs for a few thousand tokens.
+        """
+        shape = (tokens.shape[1], prefix_length, self.seen == 0)
+        if shape in self._prompts:
+            buffer, graph, last = self._prompts[shape]
+            buffer.copy_(tokens)
+            graph.replay()
+            last = last.clone()
+        elif self.record_prompts and shape in self._read_before:
+            last = self._record_prompt(tokens, *shape)
+        else:
+            self._read_before.add(shape)
+            last = self._run_blocks(tokens, *shape[1:])
+        self.seen += tokens.shape[1]
+        return last
+
+    def _record_prompt(self, tokens: Tensor, length: int, prefix_length: int, empty: bool) -> Tensor:
+        """Record a chunk of this shape, forgetting the oldest of several, and read this one."""
+        while len(self._prompts) >= RECORDED_PROMPTS:
+            self._prompts.pop(next(iter(self._prompts)))
+        buffer = tokens.clone()
+        recorded = self._record(functools.partial(self._run_blocks, buffer, prefix_length, empty))
+        if recorded is None:
+            self.record_prompts = False
+            return self._run_blocks(tokens, prefix_length, empty)
+        self._prompts[length, prefix_length, empty] = buffer, *recorded
+        recorded[0].replay()
+        return recorded[1].clone()
+
+    def _run_blocks(self, tokens: Tensor, prefix_length: int, empty: bool) -> Tensor:
         x = self.model.embed(tokens, self.position)
         delta = torch.zeros_like(x)
         for index, (block, state) in enumerate(zip(self.model.blocks, self.state.layers)):
-            x, delta = self._read_block(index, block, x, delta, state, prefix_length)
+            x, delta = self._read_block(index, block, x, delta, state, prefix_length, empty)
         self.position.add_(tokens.shape[1])
-        self.seen += tokens.shape[1]
         return x[:, -1] + delta[:, -1]
 
     def _read_block(
-        self, index: int, block: Block, x: Tensor, delta: Tensor, state: State, prefix_length: int
+        self, index: int, block: Block, x: Tensor, delta: Tensor, state: State, prefix_length: int, empty: bool
     ) -> tuple[Tensor, Tensor]:
-        arguments = (block, x, delta, state, prefix_length, self.seen == 0, index not in self._counts_itself)
+        arguments = (block, x, delta, state, prefix_length, empty, index not in self._counts_itself)
         function = self._functions[index].read
         if function is read:
             return read(*arguments)
@@ -485,17 +529,25 @@ class Decoder:
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
     @torch.no_grad()
-    def _recorded(self, sampled: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """The graph of a step, and where it leaves its logits."""
-        if sampled not in self._graphs:
-            graph = torch.cuda.CUDAGraph()
-            if sampled:
-                graph.register_generator_state(self.generator)
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+    def _record(
+        self, run: Callable[[], Tensor], generator: torch.Generator | None = None
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+        """A graph of `run` and where it leaves its result; None, and a warning, where something waits for the device.
+
+        All graphs share their memory: none needs what another left, but for the results.
+        """
+        graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            graph.register_generator_state(generator)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
             with torch.cuda.graph(graph, pool=self._pool):
-                logits = self._step(sampled)
-            self._graphs[sampled] = graph, logits
-        return self._graphs[sampled]
+                result = run()
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            log.warning("generation runs without CUDA graphs: %s: %s", type(error).__name__, reason)
+            return None
+        return graph, result
 
 
 def check_temperature(temperature: float) -> None:

@@ -192,7 +192,21 @@ class Branches(Mean):
         return scale * y, state
 
 
-OWN = {"own_mean": Mean, "own_every_other": EveryOther, "own_counter": CountsInPlace, "own_branches": Branches}
+class Waits(Mean):
+    """What no graph can hold: it asks the device for a number."""
+
+    def step(self, x, state):
+        float(x.sum())
+        return super().step(x, state)
+
+
+OWN = {
+    "own_waits": Waits,
+    "own_mean": Mean,
+    "own_every_other": EveryOther,
+    "own_counter": CountsInPlace,
+    "own_branches": Branches,
+}
 
 
 @pytest.fixture
@@ -293,6 +307,7 @@ def test_a_chunk_that_cannot_fit_is_refused(monkeypatch):
         ({"max_seq_len": 0}, "max_seq_len=0: must be a whole number >= 1"),
         ({"chunk_size": 0}, "chunk_size=0: must be a whole number >= 1, or None"),
         ({"graphs": True}, "graphs=True: needs a CUDA device, the model is on cpu"),
+        ({"record_prompts": True}, "record_prompts=True: needs a CUDA device, the model is on cpu"),
         ({"graphs": "yes"}, "graphs='yes': must be True, False or 'auto'"),
     ],
 )
@@ -336,6 +351,7 @@ ON_DEVICE = {
 
 
 @pytest.mark.gpu
+@torch.no_grad()
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ON_DEVICE)
 def test_graphs_on_the_device(name, compiled):
@@ -347,15 +363,18 @@ def test_graphs_on_the_device(name, compiled):
     for block in exact.blocks:
         block.mixer.force_backend("reference")
     tokens = torch.randint(0, 512, (4, 260), generator=torch.Generator().manual_seed(0)).cuda()
-    with torch.no_grad():
-        expected, parallel = exact(tokens, prefix_length), model(tokens, prefix_length)
+    expected, parallel = exact(tokens, prefix_length), model(tokens, prefix_length)
 
     def error(logits):
         reference = expected[:, 219:]
         return float((logits.float() - reference).norm() / reference.norm())
 
     decoder = Decoder(model, 4, 320, chunk_size=80, compiled=compiled)
-    assert error(decoded_logits(decoder, tokens, 220, prefix_length)) < 1.25 * error(parallel[:, 219:])
+    # Prompts of 80 + 80 + 60 tokens: by operations, while they are recorded, and as replays.
+    for recorded in (0, 3, 3):
+        decoder.reset()
+        assert error(decoded_logits(decoder, tokens, 220, prefix_length)) < 1.25 * error(parallel[:, 219:])
+        assert len(decoder._prompts) == recorded
     texts = []
     for graphs, temperature, seed in ((True, 0, 0), (False, 0, 0), (True, 1.0, 5), (True, 1.0, 5), (True, 1.0, 6)):
         decoder.graphs = graphs
@@ -365,3 +384,18 @@ def test_graphs_on_the_device(name, compiled):
     assert torch.equal(texts[0], texts[1])
     assert torch.equal(texts[2], texts[3])
     assert not torch.equal(texts[3], texts[4])
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_what_waits_for_the_device_runs_without_graphs_and_says_so(own_mixers, caplog):
+    model, tokens = build(layer("own_waits")).cuda(), draw(2, 9).cuda()
+    decoder = Decoder(model, 2, 9, compiled=False)
+    with caplog.at_level("WARNING", logger="zoology"):
+        for _ in range(2):
+            decoder.reset()
+            actual = decoded_logits(decoder, tokens, 5)
+            assert torch.allclose(actual, model(tokens)[:, 4:], rtol=1e-9, atol=1e-12)
+    assert "generation runs without CUDA graphs" in caplog.text
+    assert not decoder.graphs
+    assert not decoder.record_prompts
