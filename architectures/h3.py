@@ -84,7 +84,7 @@ class H3(SequenceMixer):
     Hungry Hungry Hippos (arXiv:2212.14052), section 3 and algorithm 1, parameterisation and initialisation of the
     official code (HazyResearch/H3): q, k, v projected with biases; a shift SSM and a skip on k; per head the outer
     product of `head_dim` keys and values through one diagonal SSM (S4D) and a skip; a product with q summed over
-    the keys; an output projection. Trained as two FFT convolutions.
+    the keys; an output projection. Trained as two long convolutions.
 
     The state is d_model head_dim d_state / 2 complex numbers, twice as many reals, and the last d_state - 1 keys.
     The published count, d_model d_state, is that of the diagonal SSM at head_dim 1: it leaves out the factor
