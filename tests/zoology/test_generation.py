@@ -239,7 +239,9 @@ def test_a_step_is_one_graph_for_all_layers_of_a_kind(monkeypatch):
 
     original = zoology.graphs.compile_apart
     monkeypatch.setattr(
-        zoology.graphs, "compile_apart", lambda function, dynamic: original(function, backend=count, dynamic=dynamic)
+        zoology.graphs,
+        "compile_apart",
+        lambda function, options, dynamic: original(function, backend=count, dynamic=dynamic),
     )
     model, tokens = build(EXPANDED, WINDOW, ATTENTION, EXPANDED, norm="rmsnorm"), draw(2, 14)
     decoder = Decoder(model, 2, 14, compiled=True)
@@ -254,7 +256,9 @@ def test_a_step_is_one_graph_for_all_layers_of_a_kind(monkeypatch):
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(own_mixers, caplog, monkeypatch):
     original = zoology.graphs.compile_apart
     monkeypatch.setattr(
-        zoology.graphs, "compile_apart", lambda function, dynamic: original(function, backend="eager", dynamic=dynamic)
+        zoology.graphs,
+        "compile_apart",
+        lambda function, options, dynamic: original(function, backend="eager", dynamic=dynamic),
     )
     model, tokens = build(layer("own_branches")), draw(2, 9)
     decoder = Decoder(model, 2, 9, compiled=True)
