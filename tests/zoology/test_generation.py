@@ -229,6 +229,15 @@ def test_a_users_mixer_gets_it_for_free(own_mixers, names):
 # -- compiled --------------------------------------------------------------------------------------------------
 
 
+def compile_with(monkeypatch, backend):
+    original = zoology.graphs.compile_apart
+
+    def compile_apart(function, options, dynamic):
+        return original(function, backend=backend, dynamic=dynamic)
+
+    monkeypatch.setattr(zoology.graphs, "compile_apart", compile_apart)
+
+
 def test_a_step_is_one_graph_for_all_layers_of_a_kind(monkeypatch):
     """Traced whole, as the compiler needs it, and not again for the second layer of a kind."""
     traced = []
