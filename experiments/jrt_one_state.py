@@ -2,8 +2,9 @@
 
     python -m zoology.run experiments/jrt_one_state.py --scale paper
 
-All learning rates and seeds of one width and feature dimension, causal and with a prefix: 12 runs at the paper scale.
-Run ids are those of the whole sweep, so that one results directory can hold both.
+Both seeds of one width and feature dimension, causal and with a prefix. At the paper scale these are 4 runs of 90,000
+steps, at the largest of the published learning rates alone: the widths are small, and the other two rates are in the
+whole sweep. Run ids are those of the whole sweep, so that one results directory can hold both.
 """
 
 from pathlib import Path
@@ -11,11 +12,13 @@ from pathlib import Path
 from zoology.config import RunConfig
 from zoology.runner.plan import load_sweep
 
-STATES = {"smoke": (16, 2), "laptop": (32, 1), "paper": (48, 8)}
+STATES = {"smoke": (16, 2), "laptop": (24, 1), "paper": (48, 8)}
 """d_model and feature_dim, by scale: small ones, where the order should matter most."""
 
 
 def sweep(scale: str) -> list[RunConfig]:
     """The runs of a scale."""
     whole = load_sweep(Path(__file__).with_name("jrt_set_disjointness.py"), scale)
-    return [run for run in whole if (run.model.d_model, run.model.layers[1].options["feature_dim"]) == STATES[scale]]
+    runs = [run for run in whole if (run.model.d_model, run.model.layers[1].options["feature_dim"]) == STATES[scale]]
+    largest = max(run.train.lr for run in runs)
+    return [run for run in runs if scale != "paper" or run.train.lr == largest]
