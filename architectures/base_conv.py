@@ -70,9 +70,7 @@ class BaseConv(SequenceMixer):
 
     def step(self, x: Tensor, state: BaseConvState) -> tuple[Tensor, BaseConvState]:
         self.check_state(x, state)
-        if self.expand is None:
-            y, tail = self.conv.step(x, state.conv, self.projection(x))
-            return y + x, BaseConvState(tail)
-        convolved, gate = self.in_proj(x).chunk(2, dim=-1)
-        y, tail = self.conv.step(convolved, state.conv, gate)
-        return self.out_proj(y), BaseConvState(tail)
+        convolved, gate = (x, self.projection(x)) if self.expand is None else self.in_proj(x).chunk(2, dim=-1)
+        y, tail, ran = self.conv.gated_step(convolved, state.conv, gate, backend=self.backend)
+        self.ran_beside(ran)
+        return (y + x if self.expand is None else self.out_proj(y)), BaseConvState(tail)

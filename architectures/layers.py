@@ -65,16 +65,24 @@ class ShortConvolution(nn.Module):
         extended = torch.cat([tail.to(x.dtype), x], dim=1)
         return self._convolve(extended, x.shape[1]), extended[:, x.shape[1] :].to(tail.dtype)
 
-    def step(self, x: Tensor, tail: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x [B, D], tail -> [B, D], times `gate` if given, and the tail, which may be written to."""
-        given = [part for part in (x, tail, self.weight, self.bias, gate) if part is not None]
-        if triton_refusal(given) is None:
-            return convolution_step(
-                x, tail, self.weight, self.bias, activation=self.activation, gate=gate, backend="triton"
-            )
+    def step(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, D], tail -> [B, D], tail."""
         y, tail = self.prefill(x.unsqueeze(1), tail)
-        y = y.squeeze(1)
-        return (y if gate is None else y * gate), tail
+        return y.squeeze(1), tail
+
+    def gated_step(self, x: Tensor, tail: Tensor, gate: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, str]:
+        """`step` times gate [B, D], by `kernels.convolution_step` where it can -> [B, D], tail, the backend that ran.
+
+        The tail may be written to.
+        """
+        given = [part for part in (x, tail, self.weight, self.bias, gate) if part is not None]
+        if backend == "reference" or triton_refusal(given) is not None:
+            y, tail = self.step(x, tail)
+            return y * gate, tail, "reference"
+        y, tail = convolution_step(
+            x, tail, self.weight, self.bias, activation=self.activation, gate=gate, backend="triton"
+        )
+        return y, tail, "triton"
 
     def _convolve(self, extended: Tensor, length: int) -> Tensor:
         # A few shifted products are faster than conv1d on CPU, and fuse into one kernel under torch.compile.
