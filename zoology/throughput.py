@@ -8,9 +8,9 @@
 A model is a preset, or NAME[:OPTION=VALUE][+NAME...]@WIDTH as in `zoology.benchmark`; weights are random, as are the
 tokens. Generation is timed on a prompt's state: `new_tokens` greedy tokens of every sequence, in segments, so that the
 time per token is seen to stay or to grow with the position. Prefill goes from an empty state to the logits of the last
-token. Both are what `model.generate` does. The first use of every shape is not timed; times are the median with 20th
-and 80th percentile. What cannot fit is recorded as such, with the bytes it needs. A point that FILE.json already holds
-is not measured again, and every point is written as soon as it is there.
+token. Both are what a `Decoder` does with shapes that came before, compiled and recorded; times are the median with
+20th and 80th percentile. What cannot fit is recorded as such, with the bytes it needs. A point that FILE.json already
+holds is not measured again, and every point is written as soon as it is there.
 
 The bound of a step is the longer of two times: bytes over the bandwidth of a copy, and operations over the rate of a
 matrix product, both measured in the same run (`zoology.benchmark.measure_ceilings`); `zoology.bounds` says what counts.
@@ -295,7 +295,9 @@ class Bench:
             "state_bytes": sum(count_bytes(tensor) for _, tensor in state_tensors(decoder.state)),
             "peak_memory_bytes": peak_memory(self.device),
             "backends": used,
-            "execution": {"graphs": decoder.graphs, "compiled": decoder.compiled, "chunk_size": decoder.chunk_size},
+            "execution": {
+                name: getattr(decoder, name) for name in ("graphs", "compiled", "record_prompts", "chunk_size")
+            },
         }
 
 
