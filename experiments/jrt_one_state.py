@@ -12,7 +12,7 @@ from pathlib import Path
 from zoology.config import RunConfig
 from zoology.runner.plan import load_sweep
 
-STATES = {"smoke": (16, 2), "laptop": (24, 1), "paper": (48, 8)}
+STATES = {"smoke": (16, 2), "laptop": (16, 1), "paper": (48, 8)}
 """d_model and feature_dim, by scale: small ones, where the order should matter most."""
 
 

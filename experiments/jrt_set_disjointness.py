@@ -28,10 +28,11 @@ def smoke() -> list[RunConfig]:
 
 
 def laptop() -> list[RunConfig]:
-    """Sets of 2 and 32, on two cores in minutes: the shape of the protocol with an eighth of its sizes.
+    """Sets of 2 and 32 at two states, two seeds, on two cores in minutes: an eighth of the protocol's sizes.
 
     A short set of 2 is one that the short convolution (kernel 3, as published) can tell by the marker before it. The
-    sets of 2 and 4 are there to learn from.
+    sets of 2 and 4 are there to learn from. With a width of 16 the sum of 32 embeddings blurs them, which is what the
+    long set first does to a causal model; 32 is wide enough. One learning rate, three passes over the data.
     """
     sizes = both_orders((2, 32))
     data = DataConfig(
@@ -40,13 +41,8 @@ def laptop() -> list[RunConfig]:
         num_validation=500,
         batch_size=64,
     )
-    states = ((16, 1), (24, 1), (32, 1), (32, 4))
-    models = [
-        (name, model(name, 80, d_model=width, feature_dim=feature_dim))
-        for width, feature_dim in states
-        for name in (CAUSAL, PREFIX)
-    ]
-    return runs(models, data, [5e-3], seeds=1, epochs=3, schedule="step", stop_accuracy=None)
+    models = [(name, model(name, 80, d_model=width, feature_dim=1)) for width in (16, 32) for name in (CAUSAL, PREFIX)]
+    return runs(models, data, [5e-3], seeds=2, epochs=3, schedule="step", stop_accuracy=None)
 
 
 def paper() -> list[RunConfig]:
