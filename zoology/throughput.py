@@ -122,7 +122,10 @@ def locked(lock: Path | None, *, alone: bool) -> Iterator[None]:
 
     with open(lock, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a child that was forked meanwhile holds it too
 
 
 def repeated(run: Callable[[], list[float]], effort: Effort) -> list[list[float]]:
