@@ -256,7 +256,7 @@ def reading_twice(document: dict[str, Any], length: int = 32_768) -> pd.DataFram
     `layer_ms` is of batch 16, `published_ms` the published one; `text_tokens_per_ms` counts the text once, also where a
     model reads it twice, at the largest batch size that fits. The columns `..._faster` are ratios to FlashAttention-2.
     """
-    layers = points(document, "kernel")
+    layers = points(document, "kernel").reindex(columns=["model", "length", "ms", "published"])
     layers = layers[layers["length"] == length].set_index("model")
     models = points(document, "prefill")
     rows = []

@@ -444,6 +444,10 @@ def test_a_text_that_is_read_twice_counts_once(document):
     assert table["model_faster"]["JRT-RNN"] == pytest.approx(3.6)
     assert table["layer_faster"]["JRT-RNN"] == pytest.approx(45.0)
     assert table["published_faster"]["JRT-RNN"] == pytest.approx(107.8 / 5.6)
+    models = document | {"records": [r for r in document["records"] if r["kind"] != "kernel"]}
+    alone = plots_throughput.reading_twice(models).set_index("system")
+    assert alone["layer_ms"].isna().all()
+    assert alone["model_faster"]["JRT-RNN"] == pytest.approx(3.6)
     text = plots_throughput.reading_twice_page(document)
     assert cells(text, "JRT-RNN") == [["JRT-RNN", "2.00", "45.0x", "5.6", "19.2x", "180.0 (batch 16)", "3.6x"]]
 
