@@ -27,13 +27,17 @@ class AttentionState(NamedTuple):
     position: Tensor  # [], int64, tokens seen
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, backend: str) -> Tensor:
-    """softmax(q k^T / sqrt(K) + mask) v; q [B, T, H, K], k v [B, S, H, K], mask [T, S] (True: may be read)."""
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, backend: str, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T + mask) v; q [B, T, H, K], k v [B, S, H, K], mask [T, S] (True: may be read).
+
+    scale is 1 / sqrt(K) when None.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     if backend == "sdpa":
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
-        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+        scores = (q @ k.transpose(-2, -1)) * scale
         exact = torch.promote_types(scores.dtype, torch.float32)
         weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1, dtype=exact)
         o = weights.to(v.dtype) @ v
@@ -75,11 +79,14 @@ def flash_cached_attention(q: Tensor, keys: Tensor, values: Tensor, length: Tens
     """The queries q [B, T, H, K] of the last T of `length` [] tokens, causally, over a KV cache; no gradient.
 
     An operator, because flash-attn's own function cannot be compiled. It copies the cache where K is no multiple of 8.
+    In one part: flash-attn 2.8.3 was measured to give wrong and varying numbers where it divides a cache (H200).
     """
     from flash_attn import flash_attn_with_kvcache
 
     lengths = length.to(torch.int32).expand(q.shape[0]).contiguous()
-    o = flash_attn_with_kvcache(q.contiguous(), keys, values, cache_seqlens=lengths, softmax_scale=scale, causal=True)
+    o = flash_attn_with_kvcache(
+        q.contiguous(), keys, values, cache_seqlens=lengths, softmax_scale=scale, causal=True, num_splits=1
+    )
     return o.contiguous()
 
 
@@ -164,7 +171,10 @@ class SelfAttention(SequenceMixer):
         return masked_attention(q, keys, values, used[None], self._beside_flash(backend))
 
     def _beside_flash(self, backend: str) -> str:
-        """What runs where flash-attn has no kernel: its kernel for caches wants one dtype, and has no gradient."""
+        """What runs where flash-attn has no kernel: its kernel for caches wants one dtype, and has no gradient.
+
+        `auto` never takes that kernel for a later part of a prompt: see `flash_cached_attention`.
+        """
         return self.ran_beside("sdpa") if backend == "flash-attn" else backend
 
 
@@ -237,13 +247,14 @@ class Attention(SelfAttention):
         q, k, v = self._project(x, positions, capacity)
         keys, values = self._write(state.keys, positions, k), self._write(state.values, positions, v)
         backend = self.backend_for(x)
-        if keys.dtype != q.dtype or backends.wants_grad(q, keys, values):
+        if self.backend == "auto" or keys.dtype != q.dtype or backends.wants_grad(q, keys, values):
             backend = self._beside_flash(backend)
+        wide, scale = widen(q, keys.shape[-1]), self.head_dim**-0.5
         if backend == "flash-attn":
-            wide, scale = widen(q, keys.shape[-1]), self.head_dim**-0.5
-            o = flash_cached_attention(wide, keys, values, state.position + length, scale)[..., : self.head_dim]
+            o = flash_cached_attention(wide, keys, values, state.position + length, scale)
         else:
             seen = torch.arange(capacity, device=x.device)[None] <= positions[:, None]
-            exact = (part[..., : self.head_dim].to(q.dtype) for part in (keys, values))
-            o = masked_attention(q, *exact, seen, backend)
-        return self.out_proj(merge_heads(o)), AttentionState(keys, values, state.position + length)
+            o = masked_attention(wide, keys.to(q.dtype), values.to(q.dtype), seen, backend, scale)
+        return self.out_proj(merge_heads(o[..., : self.head_dim])), AttentionState(
+            keys, values, state.position + length
+        )

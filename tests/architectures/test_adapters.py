@@ -123,8 +123,9 @@ def flash(q, k, v, causal, window_size, softmax_scale=None):
     return torch.einsum("bhts,bshk->bthk", weights, v)
 
 
-def flash_cache(q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal):
+def flash_cache(q, k_cache, v_cache, *, cache_seqlens, softmax_scale, causal, num_splits):
     assert cache_seqlens.dtype == torch.int32
+    assert num_splits == 1
     (seen,) = set(cache_seqlens.tolist())
     return flash(q, k_cache[:, :seen], v_cache[:, :seen], causal, (-1, -1), softmax_scale)
 
