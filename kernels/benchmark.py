@@ -1,7 +1,7 @@
 """Time the operations beside every installed peer and the limit of the machine.
 
     python -m kernels.benchmark [OP ...] [--lengths 2048,8192,32768] [--out FILE.json]
-    python -m kernels.benchmark --draw FILE.json [--plot FILE.png] [--page FILE.md]
+    python -m kernels.benchmark --draw FILE.json [--draw MORE.json] [--plot FILE.png] [--page FILE.md]
 
 Every implementation first answers for its result: output and gradients at a small size against float64, in the
 function it claims to compute. One that is wrong gets no row. Peers that compute another function with the same
@@ -610,13 +610,14 @@ def table(records: dict) -> str:
     return "\n".join(lines)
 
 
-def write_table(page: str, records: dict) -> str:
-    """`page` with the table of `records` between its markers. Raises ValueError for a page without them."""
+def write_table(page: str, *runs: dict) -> str:
+    """`page` with a table of each run's records between its markers. Raises ValueError for a page without them."""
     before, start, rest = page.partition(TABLE_START)
     _, end, after = rest.partition(TABLE_END)
     if not (start and end):
         raise ValueError(f"the page has no {TABLE_START} followed by {TABLE_END}")
-    return f"{before}{start}\n{table(records)}\n{end}{after}"
+    tables = "\n\n".join(table(records) for records in runs)
+    return f"{before}{start}\n{tables}\n{end}{after}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -624,15 +625,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(OPS)}; all without one")
     parser.add_argument("--lengths", default="2048,8192,32768", help="sequence lengths")
     parser.add_argument("--out", type=Path, help="write the records here, as JSON")
-    parser.add_argument("--draw", type=Path, help="draw these records instead of measuring")
+    parser.add_argument(
+        "--draw", type=Path, action="append", help="draw these records instead of measuring; can be repeated"
+    )
     parser.add_argument("--plot", type=Path, help="the figure to write")
-    parser.add_argument("--page", type=Path, help="with --draw: a Markdown file whose table is to be renewed")
+    parser.add_argument("--page", type=Path, help="with --draw: a Markdown file whose tables are to be renewed")
     args = parser.parse_args(argv)
     if args.draw:
-        records = json.loads(args.draw.read_text())
-        plot(records, args.plot or args.draw.with_suffix(".png"))
+        runs = [json.loads(path.read_text()) for path in args.draw]
+        plot(runs[0], args.plot or args.draw[0].with_suffix(".png"))
         if args.page:
-            args.page.write_text(write_table(args.page.read_text(), records))
+            args.page.write_text(write_table(args.page.read_text(), *runs))
         return
     if unknown := [op for op in args.ops if op not in OPS]:
         parser.error(f"unknown operation {unknown[0]!r}; allowed: {', '.join(OPS)}")
