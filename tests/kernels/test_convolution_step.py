@@ -40,13 +40,16 @@ def expected(x, tail, weight, rest):
     return (y if rest["gate"] is None else y * rest["gate"].double()), window[:, 1:]
 
 
-def check(case, dtype, device, tolerance):
+def check(case, dtype, device):
+    """At most twice the error of plain PyTorch in the same precision, and never less than one rounding."""
     x, tail, weight, rest = example(case, dtype, device)
     y, after = expected(x, tail, weight, rest)
+    plain, _ = convolution_step(x, tail, weight, backend="reference", **rest)
     actual, same = convolution_step(x, tail, weight, backend="triton", **rest)
     assert same is tail
     assert actual.dtype == dtype
-    assert float((actual.double() - y).norm() / y.norm()) < tolerance
+    found, allowed = (float((one.double() - y).norm() / y.norm()) for one in (actual, plain))
+    assert found <= max(2 * allowed, torch.finfo(dtype).eps), (case, dtype, found, allowed)
     assert torch.equal(tail.double(), after)
 
 
@@ -69,8 +72,8 @@ import torch
 import test_convolution_step as t
 
 for case in t.CASES:
-    t.check(case, torch.float32, "cpu", 1e-6)
-t.check(t.CASES[0], torch.bfloat16, "cpu", torch.finfo(torch.bfloat16).eps)
+    t.check(case, torch.float32, "cpu")
+t.check(t.CASES[0], torch.bfloat16, "cpu")
 print("same")
 """
 
@@ -88,7 +91,7 @@ def test_triton_kernel_interpreted():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("case", [*CASES, (128, 3584, 3, True, "silu", True)])
 def test_on_the_device(case, dtype):
-    check(case, dtype, "cuda", 2 * torch.finfo(dtype).eps)
+    check(case, dtype, "cuda")
 
 
 @pytest.mark.parametrize(
