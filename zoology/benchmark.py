@@ -393,10 +393,12 @@ def line(record: dict[str, Any]) -> str:
     memory = "" if step["peak_memory_bytes"] is None else f" {step['peak_memory_bytes'] / 1e9:5.2f} GB"
     shape = f"{record['seq_len']}x{record['num_kv_pairs']}"
     execution = record["execution"]
+    plain = ""
+    if base is not None:
+        plain = f"plain {base['median']:6.2f} ms ({base['median'] / step['median']:4.1f}x)  "
     return (
         f"{record['model']:42} {shape:8} {record['precision']:4} {step['median']:7.3f} ms{memory} "
-        f"{record['examples_per_second']:10,.0f}/s  plain {base['median']:6.2f} ms "
-        f"({base['median'] / step['median']:4.1f}x)  floor {record['floor']['ms']:6.3f} ms "
+        f"{record['examples_per_second']:10,.0f}/s  {plain}floor {record['floor']['ms']:6.3f} ms "
         f"({100 * record['floor']['ms'] / step['median']:3.0f}%)  {execution['mode']}, {execution['loss']}, "
         f"built in {execution['build_seconds']:.1f} s {execution['reason'][:200]}"
     )
