@@ -89,7 +89,7 @@ def test_the_paper_scale_is_the_published_protocol():
     assert {run.model.layers[1].options["num_heads"] for run in runs} == {2}
 
 
-@pytest.mark.parametrize(("scale", "count"), [("smoke", 2), ("laptop", 4), ("paper", 4)])
+@pytest.mark.parametrize(("scale", "count"), [("smoke", 2), ("laptop", 4), ("paper", 12)])
 def test_one_state_is_part_of_the_whole_sweep(scale, count):
     runs = plan.load_sweep(ORDER.with_name("jrt_one_state.py"), scale)
     whole = {run.run_id for run in plan.load_sweep(ORDER, scale)}
@@ -98,7 +98,7 @@ def test_one_state_is_part_of_the_whole_sweep(scale, count):
 
 
 @pytest.mark.parametrize("scale", plan.SCALES)
-def test_every_causal_model_reads_one_to_three_times_the_same_questions(scale):
+def test_every_causal_model_reads_several_times_the_same_questions(scale):
     runs = plan.load_sweep(PROMPT, scale)
     assert len({run.run_id for run in runs}) == len(runs)
     models = {}
@@ -108,8 +108,10 @@ def test_every_causal_model_reads_one_to_three_times_the_same_questions(scale):
         models.setdefault((run.architecture, run.model.model_dump_json(), run.train.lr, run.seed, inner), []).append(
             number
         )
-    for (name, *_), numbers in models.items():
-        assert numbers == ([1] if name == "prefix_linear_attention" else [1, 2, 3])
+    for (name, *_, inner), numbers in models.items():
+        # Three passes over the sets are too long for a laptop.
+        most = 2 if scale == "laptop" and inner[-1].name == "set_disjointness" else 3
+        assert numbers == list(range(1, 2 if name == "prefix_linear_attention" else most + 1))
     asked = {type(part.task.task).__name__ for run in runs for part in run.data.test}
     assert asked == {"MQAR", "SetDisjointness"}
 
@@ -181,9 +183,11 @@ def test_the_passes_table_and_figure_have_what_was_put_in(passes_records):
     figure = plots_jrt.passes(frame)
     look = plots_jrt.plot.styles(plots_jrt.plot.by_name(frame))["based"]
     for axis in figure.axes:
-        curves = sorted(y for colour, _, x, y in lines_of(axis) if colour == look.color and x == [1, 2, 3])
-        states = (1, 2, 4) if axis.get_title().startswith("mqar") else (1,)
-        np.testing.assert_allclose(curves, [[0.6 + 0.01 * f, 0.7 + 0.01 * f, 0.8 + 0.01 * f] for f in states])
+        pairs = axis.get_title().startswith("mqar")
+        passes = [1, 2, 3] if pairs else [1, 2]
+        curves = sorted(y for colour, _, x, y in lines_of(axis) if colour == look.color and x == passes)
+        states = (1, 2, 4) if pairs else (1,)
+        np.testing.assert_allclose(curves, [[0.5 + 0.1 * number + 0.01 * f for number in passes] for f in states])
 
 
 def test_the_selected_learning_rate_is_drawn(make_record):
