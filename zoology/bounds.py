@@ -50,12 +50,14 @@ class Moved(NamedTuple):
 
 
 class LayerWork:
-    """Counts of one layer for one sequence, by its reference in float32 on the CPU."""
+    """Counts of one layer for one sequence, by its reference on the CPU, in float64: no change is rounded away."""
 
     def __init__(self, config: ModelConfig, index: int):
-        self.block = Block(config, index).requires_grad_(False).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.block = Block(config, index).double().requires_grad_(False).eval()
         self.block.mixer.force_backend("reference")
-        self.token = torch.randn(1, config.d_model, generator=torch.Generator().manual_seed(0))
+        self.token = torch.randn(1, config.d_model, generator=torch.Generator().manual_seed(0)).double()
         self.written, self.weights = self._step_once(config.d_model)
         self.prefix_weights, self.prefix_operations = self._prefix(config.d_model)
 
@@ -77,7 +79,7 @@ class LayerWork:
         return _operations(lambda: self.block.step(self.token.expand(batch, -1), state))
 
     def _step_once(self, d_model: int) -> tuple[dict[str, int], int]:
-        x = torch.randn(1, FIRST_TOKENS, d_model, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(1, FIRST_TOKENS, d_model, generator=torch.Generator().manual_seed(1)).double()
         _, state = self.block.prefill(x, self.block.mixer.init_state(1, 4 * FIRST_TOKENS))
         before = clone_state(state)
         with _Touched() as touched:
