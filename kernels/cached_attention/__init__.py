@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
+from kernels import triton_support
 from kernels.cached_attention.reference import cached_attention_reference
 
 __all__ = ["cached_attention", "triton_refusal"]
 
 BACKENDS = ("auto", "reference", "triton")
 MAX_HEAD_DIM = 256
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def cached_attention(
@@ -57,12 +53,8 @@ def cached_attention(
 
 def triton_refusal(q: Tensor, keys: Tensor) -> str | None:
     """Why the Triton kernel does not take this input; None if it does."""
-    if not TRITON_INSTALLED:
-        return "Triton is not installed (pip install 'zoology[gpu]')"
-    if q.device.type != "cuda" and not TRITON_INTERPRETED:
-        return f"q is on {q.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"q has dtype {q.dtype}; allowed: bfloat16, float16, float32"
+    if found := triton_support.refusal("q", q):
+        return found
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"the head width is {q.shape[-1]}; allowed: up to {MAX_HEAD_DIM}"
     if not keys.is_contiguous():

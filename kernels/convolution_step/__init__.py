@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
+from kernels import triton_support
 from kernels.convolution_step.reference import convolution_step_reference
 
 __all__ = ["convolution_step", "triton_refusal"]
 
 BACKENDS = ("auto", "reference", "triton")
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def convolution_step(
@@ -68,10 +64,8 @@ def convolution_step(
 def triton_refusal(tensors: list[Tensor]) -> str | None:
     """Why the Triton kernel does not take x, tail, ...; None if it does."""
     x, tail = tensors[:2]
-    if not TRITON_INSTALLED:
-        return "Triton is not installed (pip install 'zoology[gpu]')"
-    if x.device.type != "cuda" and not TRITON_INTERPRETED:
-        return f"x is on {x.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
+    if found := triton_support.refusal("x", x):
+        return found
     if any(part.dtype not in (torch.bfloat16, torch.float16, torch.float32) for part in tensors):
         return "the dtypes are not among bfloat16, float16, float32"
     if tail.dtype != x.dtype or not tail.is_contiguous():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
+from kernels import triton_support
 from kernels.linear_cross_entropy.reference import (
     linear_argmax_chunked,
     linear_cross_entropy_chunked,
@@ -18,8 +16,6 @@ from kernels.linear_cross_entropy.reference import (
 __all__ = ["linear_argmax", "linear_cross_entropy"]
 
 MAX_TRITON_WIDTH = 256
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("auto", "reference", "chunked", "triton")
 
 
@@ -95,13 +91,9 @@ def choose_loss_backend(backend: str, hidden: Tensor) -> str:
 
 def triton_refusal(hidden: Tensor) -> str | None:
     """Why the Triton kernels do not take this input, or None if they do."""
-    if not TRITON_INSTALLED:
-        return "Triton is not installed (pip install 'zoology[gpu]')"
-    if hidden.device.type != "cuda" and not TRITON_INTERPRETED:
-        return f"hidden is on {hidden.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
-    if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"hidden has dtype {hidden.dtype}; allowed: bfloat16, float16, float32"
-    if hidden.dtype == torch.float32 and _products_are_exact() and not TRITON_INTERPRETED:
+    if found := triton_support.refusal("hidden", hidden):
+        return found
+    if hidden.dtype == torch.float32 and _products_are_exact() and not triton_support.INTERPRETED:
         return "float32 products must be exact; allowed: torch.set_float32_matmul_precision('high'), or 16-bit inputs"
     if hidden.shape[1] > MAX_TRITON_WIDTH:
         return f"hidden has width {hidden.shape[1]}; allowed: up to {MAX_TRITON_WIDTH}"
@@ -146,7 +138,11 @@ def _operator(hidden, weight, copy, targets, ignore_index, fused):
 
             return linear_cross_entropy_triton(hidden, copy, targets, weight.dtype, ignore_index)
         gradient = softmax_gradient
-        if TRITON_INSTALLED and (hidden.device.type == "cuda" or TRITON_INTERPRETED) and hidden.dtype != torch.float64:
+        if (
+            triton_support.INSTALLED
+            and (hidden.device.type == "cuda" or triton_support.INTERPRETED)
+            and hidden.dtype != torch.float64
+        ):
             from kernels.linear_cross_entropy.triton import softmax_gradient_triton as gradient
         return linear_cross_entropy_chunked(
             hidden, copy, targets, weight.dtype, ignore_index=ignore_index, gradient=gradient

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
+from kernels import triton_support
 from kernels.short_convolution.reference import short_convolution_reference
 
 __all__ = ["short_convolution"]
 
 BACKENDS = ("auto", "reference", "triton")
 MAX_TAPS = 16
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def short_convolution(
@@ -55,12 +51,8 @@ def short_convolution(
 
 def triton_refusal(x: Tensor, weight: Tensor) -> str | None:
     """Why the Triton kernels do not take x [B, T, D] and weight [D, W]; None if they do."""
-    if not TRITON_INSTALLED:
-        return "Triton is not installed (pip install 'zoology[gpu]')"
-    if x.device.type != "cuda" and not TRITON_INTERPRETED:
-        return f"x is on {x.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"x has dtype {x.dtype}; allowed: bfloat16, float16, float32"
+    if found := triton_support.refusal("x", x):
+        return found
     if weight.shape[1] > MAX_TAPS:
         return f"weight has {weight.shape[1]} columns; allowed: up to {MAX_TAPS}"
     return None

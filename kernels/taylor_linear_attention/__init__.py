@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 
 import torch
 from torch import Tensor
 
+from kernels import triton_support
 from kernels.taylor_linear_attention.reference import (
     TaylorState,
     num_taylor_features,
@@ -20,8 +19,6 @@ __all__ = ["TaylorState", "num_taylor_features", "taylor_linear_attention", "tay
 
 MAX_TRITON_FEATURE_DIM = 32
 LONGEST_QUADRATIC = 512
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("auto", "reference", "triton")
 
 
@@ -202,12 +199,8 @@ def choose_backend(backend: str, q: Tensor) -> str:
 
 def triton_refusal(q: Tensor) -> str | None:
     """Why the Triton kernels do not take q [B, T, H, f], or [B, H, f] for a step; None if they do."""
-    if not TRITON_INSTALLED:
-        return "Triton is not installed (pip install 'zoology[gpu]')"
-    if q.device.type != "cuda" and not TRITON_INTERPRETED:
-        return f"q is on {q.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"q has dtype {q.dtype}; allowed: bfloat16, float16, float32"
+    if found := triton_support.refusal("q", q):
+        return found
     if q.shape[-1] > MAX_TRITON_FEATURE_DIM:
         return f"the feature dimension is {q.shape[-1]}; allowed: up to {MAX_TRITON_FEATURE_DIM}"
     return None

@@ -1,9 +1,5 @@
 """Attention over a cache: the slots in use and no others, the same in every division of the cache."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -88,9 +84,6 @@ def test_the_reference_has_gradients():
 
 
 INTERPRETED = """
-import sys
-
-sys.path.insert(0, {folder!r})
 import torch
 
 import test_cached_attention as t
@@ -110,13 +103,8 @@ print("same")
 """
 
 
-def test_triton_kernels_interpreted():
-    """In a process of their own: the interpreter is chosen when the kernels are defined."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    code = INTERPRETED.format(folder=os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
-    assert done.stdout.strip() == "same", done.stderr
+def test_triton_kernels_interpreted(run_interpreted):
+    run_interpreted(INTERPRETED)
 
 
 @pytest.mark.gpu

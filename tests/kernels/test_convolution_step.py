@@ -1,9 +1,5 @@
 """The step of a short convolution: PyTorch's own convolution of the last tokens, and the tail one token later."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -64,9 +60,6 @@ def test_reference(case):
 
 
 INTERPRETED = """
-import sys
-
-sys.path.insert(0, {folder!r})
 import torch
 
 import test_convolution_step as t
@@ -78,13 +71,8 @@ print("same")
 """
 
 
-def test_triton_kernel_interpreted():
-    """In a process of their own: the interpreter is chosen when the kernels are defined."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    code = INTERPRETED.format(folder=os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
-    assert done.stdout.strip() == "same", done.stderr
+def test_triton_kernel_interpreted(run_interpreted):
+    run_interpreted(INTERPRETED)
 
 
 @pytest.mark.gpu

@@ -1,14 +1,12 @@
 """Linear cross-entropy: every backend has the loss and gradients of plain PyTorch, whatever the shape."""
 
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from kernels import triton_support
 from kernels.linear_cross_entropy import linear_argmax, linear_cross_entropy
 from kernels.linear_cross_entropy.reference import linear_cross_entropy_chunked
 
@@ -99,7 +97,7 @@ def test_argmax_is_argmax():
 
 def test_the_choice_of_a_backend_can_be_traced(monkeypatch):
     """On a GPU it asks for the precision of float32 products, which torch.compile cannot trace by itself."""
-    monkeypatch.setattr(implementation, "TRITON_INTERPRETED", True)
+    monkeypatch.setattr(triton_support, "INTERPRETED", True)
     hidden, weight, targets = example(12, 8, 20, torch.float32)
     traced = torch.compile(
         lambda h: implementation.linear_cross_entropy(h, weight, targets, backend="reference"),
@@ -126,9 +124,7 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 INTERPRETED = """
-import sys
 import torch
-sys.path.insert(0, {folder!r})
 import test_linear_cross_entropy as t
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.linear_cross_entropy import triton as impl
@@ -159,13 +155,8 @@ print("same")
 """
 
 
-@pytest.mark.skipif(not pytest.importorskip("triton"), reason="needs Triton")
-def test_triton_kernels_interpreted():
-    """In a process of their own: the interpreter is chosen when the kernels are defined."""
-    code = INTERPRETED.format(folder=os.path.dirname(__file__))
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "same", done.stderr
+def test_triton_kernels_interpreted(run_interpreted):
+    run_interpreted(INTERPRETED)
 
 
 @pytest.mark.gpu

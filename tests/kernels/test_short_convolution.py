@@ -1,9 +1,5 @@
 """The short convolution: the reference against conv1d, the kernels against the reference."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -84,9 +80,6 @@ def test_bad_input_is_refused_with_the_rule(change, message):
 
 
 INTERPRETED = """
-import sys
-
-sys.path.insert(0, {folder!r})
 import torch
 
 import test_short_convolution as t
@@ -100,21 +93,8 @@ print("same")
 """
 
 
-def test_kernels_interpreted():
-    """In a process of their own: the interpreter is chosen when the kernels are defined."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    code = INTERPRETED.format(folder=os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
-    assert done.stdout.strip() == "same", done.stderr
-
-
-@pytest.fixture
-def poisoned():
-    """Memory nobody wrote is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def test_kernels_interpreted(run_interpreted):
+    run_interpreted(INTERPRETED)
 
 
 @pytest.mark.gpu

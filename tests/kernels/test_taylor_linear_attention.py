@@ -1,14 +1,13 @@
 """Taylor linear attention and its prefix form: the reference against the formula, the kernels against the reference."""
 
 import importlib
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from kernels import prefix_linear_attention, taylor_linear_attention, taylor_linear_attention_step
+from kernels import prefix_linear_attention, taylor_linear_attention, taylor_linear_attention_step, triton_support
 from kernels.taylor_linear_attention import TaylorState, num_taylor_features
 from kernels.taylor_linear_attention.reference import (
     naive_taylor_linear_attention,
@@ -310,8 +309,8 @@ def test_bad_prefix_is_refused_with_the_rule(arguments, message):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_features_are_taken_up_to_the_largest(monkeypatch, dtype):
     implementation = importlib.import_module("kernels.taylor_linear_attention")
-    monkeypatch.setattr(implementation, "TRITON_INSTALLED", True)
-    monkeypatch.setattr(implementation, "TRITON_INTERPRETED", True)
+    monkeypatch.setattr(triton_support, "INSTALLED", True)
+    monkeypatch.setattr(triton_support, "INTERPRETED", True)
     assert implementation.triton_refusal(torch.zeros(1, 4, 1, 32, dtype=dtype)) is None
     assert implementation.triton_refusal(torch.zeros(1, 1, 32, dtype=dtype)) is None
     assert "is 33; allowed: up to 32" in implementation.triton_refusal(torch.zeros(1, 4, 1, 33, dtype=dtype))
@@ -386,9 +385,6 @@ def test_tiles_hold_every_feature(f):
 
 # ---------------------------------------------------------------- the kernels, interpreted
 INTERPRETED = """
-import sys
-
-sys.path.insert(0, {folder!r})
 import torch
 
 import test_taylor_linear_attention as t
@@ -440,24 +436,11 @@ def check_step(device, h, f, v_dim, *, batch=2, dtype=torch.float32, state_dtype
         assert error(one, other) < torch.finfo(state_dtype).eps
 
 
-def test_triton_kernels_interpreted():
-    """In a process of their own: the interpreter is chosen when the kernels are defined."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    code = INTERPRETED.format(folder=os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
-    assert done.stdout.strip() == "same", done.stderr
+def test_triton_kernels_interpreted(run_interpreted):
+    run_interpreted(INTERPRETED)
 
 
 # ---------------------------------------------------------------- the kernels on the device
-@pytest.fixture
-def poisoned():
-    """Memory nobody wrote is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 GPU_DTYPES = [(torch.bfloat16, c) for c in CASES]
 GPU_DTYPES += [(torch.float16, c) for c in CASES]
 GPU_DTYPES += [(torch.float32, c) for c in CASES]

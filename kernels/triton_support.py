@@ -1,0 +1,23 @@
+"""Where Triton kernels run at all: what every operation asks before it asks about its own shapes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refusal(name: str, x: Tensor) -> str | None:
+    """Why no Triton kernel takes x, the argument `name`, by its device and dtype; None if one may."""
+    if not INSTALLED:
+        return "Triton is not installed (pip install 'zoology[gpu]')"
+    if x.device.type != "cuda" and not INTERPRETED:
+        return f"{name} is on {x.device}; allowed: a CUDA device (or any, with TRITON_INTERPRET=1)"
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"{name} has dtype {x.dtype}; allowed: bfloat16, float16, float32"
+    return None
