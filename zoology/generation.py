@@ -34,10 +34,6 @@ RESERVE_BYTES = 1 << 30
 """Left alone by `check_memory`: kernels, their workspaces, the memory pools' rounding."""
 
 
-COMPILE_OPTIONS: dict[str, bool] = {}
-"""Options of the compiler."""
-
-
 class DoesNotFit(ValueError):
     """A batch or a length needs more memory than there is."""
 
@@ -177,7 +173,7 @@ class Fused:
         from zoology.graphs import compile_apart
 
         self.plain, self.what = function, what
-        self.compiled: Callable | None = compile_apart(function, COMPILE_OPTIONS, dynamic=dynamic)
+        self.compiled: Callable | None = compile_apart(function, dynamic=dynamic)
 
     def __call__(self, *arguments):
         if self.compiled is not None:

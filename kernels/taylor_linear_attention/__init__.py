@@ -102,12 +102,10 @@ def taylor_linear_attention_step(
     if backend == "triton" and wants_grad:
         raise ValueError("backend='triton' has no gradient for a decode step; allowed: 'reference', or no_grad")
     if choose_backend("reference" if backend == "auto" and wants_grad else backend, q) == "triton":
-        if inplace and state.kv.is_contiguous() and state.key_sum.is_contiguous():
-            from kernels.taylor_linear_attention.triton_step import taylor_linear_attention_step_inplace
-
-            return taylor_linear_attention_step_inplace(q, k, v, state, scale=scale)
         from kernels.taylor_linear_attention import triton as impl
 
+        if inplace and state.kv.is_contiguous() and state.key_sum.is_contiguous():
+            return impl.taylor_linear_attention_step_inplace(q, k, v, state, scale=scale)
         return impl.taylor_linear_attention_step_triton(q, k, v, state, scale=scale)
     with torch.autocast(q.device.type, enabled=False):
         return taylor_linear_attention_step_reference(q, k, v, state, scale=scale)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import NamedTuple
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from kernels.taylor_linear_attention import triton_kernels as tk
 from kernels.taylor_linear_attention.reference import TaylorState, num_taylor_features
+from kernels.triton_support import INTERPRETED
 
 MIN_CHUNKS_PER_GROUP = 4
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Tile(NamedTuple):
@@ -421,38 +420,62 @@ def _state_backward(ctx, dkv, dkey_sum):
 state_op.register_autograd(_state_backward, setup_context=_setup_state)
 
 
+def launch_step(q, k, v, state, new, scale):
+    """Outputs of one token, and the state after it in `new`, which may be `state` itself.
+
+    A program owns one head's state, and each element is read before the thread that read it writes it.
+    """
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    (b, h, f), v_dim = q.shape, v.shape[-1]
+    o = torch.empty_like(v)
+    v_padded = triton.next_power_of_2(v_dim)
+    tk._step_kernel[(b * h,)](
+        q,
+        k,
+        v,
+        *state,
+        o,
+        *new,
+        scale,
+        F=f,
+        NF=num_taylor_features(f),
+        V=v_dim,
+        VP=v_padded,
+        BR=max(1, 4096 // v_padded),
+        num_warps=1 if state.kv.dtype.itemsize == 2 else 2,
+    )
+    return o
+
+
 @torch.library.custom_op(
     "zoology::taylor_linear_attention_step",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor kv, Tensor key_sum, float scale) -> (Tensor, Tensor, Tensor)",
 )
 def step_op(q, k, v, kv, key_sum, scale):
-    q, k, v, kv, key_sum = (x.contiguous() for x in (q, k, v, kv, key_sum))
-    (b, h, f), v_dim = q.shape, v.shape[-1]
-    o, new_kv, new_key_sum = torch.empty_like(v), torch.empty_like(kv), torch.empty_like(key_sum)
-    tk._step_kernel[(b * h,)](
-        q,
-        k,
-        v,
-        kv,
-        key_sum,
-        o,
-        new_kv,
-        new_key_sum,
-        scale,
-        F=f,
-        NF=num_taylor_features(f),
-        V=v_dim,
-        VP=triton.next_power_of_2(v_dim),
-        BR=max(1, 4096 // triton.next_power_of_2(v_dim)),
-        num_warps=1 if kv.dtype.itemsize == 2 else 2,
-    )
-    return o, new_kv, new_key_sum
+    state = TaylorState(kv.contiguous(), key_sum.contiguous())
+    new = TaylorState(*(torch.empty_like(x) for x in state))
+    return launch_step(q, k, v, state, new, scale), *new
 
 
 @step_op.register_fake
 def _(q, k, v, kv, key_sum, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, kv, key_sum))
+
+
+@torch.library.custom_op(
+    "zoology::taylor_linear_attention_step_",
+    mutates_args=("kv", "key_sum"),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!) key_sum, float scale) -> Tensor",
+)
+def step_inplace_op(q, k, v, kv, key_sum, scale):
+    state = TaylorState(kv, key_sum)
+    return launch_step(q, k, v, state, state, scale)
+
+
+@step_inplace_op.register_fake
+def _(q, k, v, kv, key_sum, scale):
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
 # ---------------------------------------------------------------- what the public functions call
@@ -472,3 +495,10 @@ def taylor_linear_attention_step_triton(
 ) -> tuple[Tensor, TaylorState]:
     o, kv, key_sum = torch.ops.zoology.taylor_linear_attention_step(q, k, v, *state, scale)
     return o, TaylorState(kv, key_sum)
+
+
+def taylor_linear_attention_step_inplace(
+    q: Tensor, k: Tensor, v: Tensor, state: TaylorState, *, scale: float
+) -> tuple[Tensor, TaylorState]:
+    """The same, written into the tensors of `state`, which must be contiguous: for states at fixed addresses."""
+    return torch.ops.zoology.taylor_linear_attention_step_(q, k, v, *state, scale), state

@@ -232,7 +232,7 @@ def test_a_users_mixer_gets_it_for_free(own_mixers, names):
 def compile_with(monkeypatch, backend):
     original = zoology.graphs.compile_apart
 
-    def compile_apart(function, options, dynamic):
+    def compile_apart(function, dynamic):
         return original(function, backend=backend, dynamic=dynamic)
 
     monkeypatch.setattr(zoology.graphs, "compile_apart", compile_apart)
@@ -246,12 +246,7 @@ def test_a_step_is_one_graph_for_all_layers_of_a_kind(monkeypatch):
         traced.append(graph)
         return graph
 
-    original = zoology.graphs.compile_apart
-    monkeypatch.setattr(
-        zoology.graphs,
-        "compile_apart",
-        lambda function, options, dynamic: original(function, backend=count, dynamic=dynamic),
-    )
+    compile_with(monkeypatch, count)
     model, tokens = build(EXPANDED, WINDOW, ATTENTION, EXPANDED, norm="rmsnorm"), draw(2, 14)
     decoder = Decoder(model, 2, 14, compiled=True)
     for prompt in (9, 11):
@@ -263,12 +258,7 @@ def test_a_step_is_one_graph_for_all_layers_of_a_kind(monkeypatch):
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(own_mixers, caplog, monkeypatch):
-    original = zoology.graphs.compile_apart
-    monkeypatch.setattr(
-        zoology.graphs,
-        "compile_apart",
-        lambda function, options, dynamic: original(function, backend="eager", dynamic=dynamic),
-    )
+    compile_with(monkeypatch, "eager")
     model, tokens = build(layer("own_branches")), draw(2, 9)
     decoder = Decoder(model, 2, 9, compiled=True)
     with caplog.at_level("WARNING", logger="zoology"):
