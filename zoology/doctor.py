@@ -67,6 +67,14 @@ class Case(NamedTuple):
     seq_len: int
 
 
+class Tried(NamedTuple):
+    """The row of one backend, whether it passed (None: there was nothing to try), and whether `auto` would ask it."""
+
+    row: Row
+    passed: bool | None
+    asked: bool = True
+
+
 class Report(NamedTuple):
     """What `examine` found: the machine, a row for every backend, and what could be installed."""
 
@@ -101,12 +109,12 @@ def examine(
     cases = []
     for name in names:
         with torch.device("meta"):
-            tried = architectures.create(name, d_model=d_model).backends
-        cases += [Case(name, dtype, backend, str(device), d_model, seq_len) for dtype in dtypes for backend in tried]
-    found: dict[Case, tuple[Row, bool | None]] = {}
-    for case, (row, passed) in _tried(cases, jobs, files):
-        found[case] = row, passed
-        on_tried(row, len(found), len(cases))
+            listed = architectures.create(name, d_model=d_model).backends
+        cases += [Case(name, dtype, backend, str(device), d_model, seq_len) for dtype in dtypes for backend in listed]
+    found: dict[Case, Tried] = {}
+    for case, tried in _try_all(cases, jobs, files):
+        found[case] = tried
+        on_tried(tried.row, len(found), len(cases))
     rows = _judged(found[case] for case in cases)
     absent = {row.backend: row for row in rows if row.status == "missing"}
     advice = []
@@ -116,7 +124,7 @@ def examine(
     return Report(machine(device), {"d_model": d_model, "seq_len": seq_len}, rows, advice)
 
 
-def _tried(cases: list[Case], jobs: int, files: Sequence[Path]) -> Iterator[tuple[Case, tuple[Row, bool | None]]]:
+def _try_all(cases: list[Case], jobs: int, files: Sequence[Path]) -> Iterator[tuple[Case, Tried]]:
     if jobs == 1:
         yield from ((case, try_backend(case)) for case in cases)
         return
@@ -134,7 +142,9 @@ def _tried(cases: list[Case], jobs: int, files: Sequence[Path]) -> Iterator[tupl
     for index, answer in calls:
         case = order[index]
         if isinstance(answer, Died):
-            answer = Row(case.architecture, _short(case.dtype), case.backend, "failed", reason=answer.reason), False
+            answer = Tried(
+                Row(case.architecture, _short(case.dtype), case.backend, "failed", reason=answer.reason), False
+            )
         yield case, answer
 
 
@@ -149,19 +159,25 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def try_backend(case: Case) -> tuple[Row, bool | None]:
-    """The row of one backend, and whether it passed; None where there was nothing to try."""
+def try_backend(case: Case) -> Tried:
+    """What became of one backend, tried as if it had been named."""
     device = torch.device(case.device)
     mixer = _mixer(case.architecture, case.d_model, device)
     row = Row(case.architecture, _short(case.dtype), case.backend, "available")
+    # `auto` may leave to others what a backend can do.
+    passed_over = backends.refusal(mixer, case.backend, device, case.dtype, case.seq_len)
+    mixer.backend = case.backend
     reason = backends.refusal(mixer, case.backend, device, case.dtype, case.seq_len)
     if reason is not None:
         status = "missing" if reason == backends.missing(case.backend) else "refused"
-        return row._replace(status=status, reason=reason), None
+        return Tried(row._replace(status=status, reason=reason), None)
     try:
-        return _measured(row, mixer, device, case.dtype, case.seq_len)
+        row, passed = _measured(row, mixer, device, case.dtype, case.seq_len)
     except Exception as error:
-        return row._replace(reason=f"{type(error).__name__}: {error}"), False
+        row, passed = row._replace(reason=f"{type(error).__name__}: {error}"), False
+    if passed_over is not None:
+        row = row._replace(reason="; ".join(filter(None, [f"auto takes another: {passed_over}", row.reason])))
+    return Tried(row, passed, passed_over is None)
 
 
 def _mixer(name: str, d_model: int, device: torch.device) -> SequenceMixer:
@@ -170,19 +186,21 @@ def _mixer(name: str, d_model: int, device: torch.device) -> SequenceMixer:
         return architectures.create(name, d_model=d_model).to(device)
 
 
-def _judged(found: Iterable[tuple[Row, bool | None]]) -> list[Row]:
+def _judged(found: Iterable[Tried]) -> list[Row]:
     """Statuses of rows that come fastest first: `auto` uses the first of an architecture and dtype that passed."""
     rows, taken = [], set()
-    for row, passed in found:
+    for row, passed, asked in found:
         group = (row.architecture, row.dtype)
+        wanted = asked and group not in taken
         if passed is None:
             status = row.status
         elif not passed:
-            # Once a faster one is taken a failure costs nobody anything, but it is still no backend to name.
-            status = "refused" if group in taken else "failed"
+            # What nobody asks for costs nobody anything when it fails, but it is still no backend to name.
+            status = "failed" if wanted else "refused"
         else:
-            status = "available" if group in taken else "used"
-            taken.add(group)
+            status = "used" if wanted else "available"
+            if wanted:
+                taken.add(group)
         rows.append(row._replace(status=status))
     return rows
 
@@ -239,7 +257,8 @@ def render(report: Report, console: Console) -> None:
     console.print(versions, markup=False, highlight=False)
     case = report.case
     table = Table(
-        title=f"Backends at d_model {case['d_model']}, length {case['seq_len']}; errors (allowed) against float64",
+        title=f"Backends at d_model {case['d_model']}, length {case['seq_len']}; errors (allowed) against float64, "
+        f"at {min(case['seq_len'], parity.LENGTH)} tokens",
         title_justify="left",
     )
     for column in ("architecture", "dtype", "backend", "status", "output", "gradient", "decoding"):
@@ -286,9 +305,12 @@ def choose_device(text: str) -> torch.device:
     """The device of `--device`: "auto" is the GPU if there is one. Raises ValueError if there is none such."""
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(text)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {text}: torch sees no CUDA device here")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ValueError(f"--device {text}: no device of torch; allowed are auto, cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {text}: torch sees {torch.cuda.device_count()} CUDA devices here")
     return device
 
 
@@ -336,6 +358,8 @@ def doctor(
         chosen = [DTYPES[name] for name in wanted]
         if jobs is not None and jobs < 1:
             raise ValueError(f"--jobs {jobs}: must be at least 1")
+        if seq_len < 2:
+            raise ValueError(f"--seq-len {seq_len}: must be at least 2")
         with _progress() as on_tried:
             report = examine(
                 names,

@@ -274,7 +274,7 @@ gpu_pairs = pytest.mark.parametrize(("name", "backend"), PAIRS)
 def gpu_mixer(name, backend, dtype, seq_len, d_model=64):
     """A mixer on the GPU that runs `backend`, every parameter moved; skips where it is refused for a known reason."""
     torch.manual_seed(0)
-    mixer = architectures.create(name, d_model=d_model).to("cuda")
+    mixer = architectures.create(name, d_model=d_model, backend=backend).to("cuda")
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -309,7 +309,7 @@ def assert_near(found, own, exact, dtype):
 def test_gpu_parity(name, backend, dtype, seq_len):
     """Outputs and all gradients, or decoding (seq_len 1), within what the reference's own rounding allows."""
     torch.manual_seed(0)
-    mixer = architectures.create(name, d_model=64).to("cuda")
+    mixer = architectures.create(name, d_model=64, backend=backend).to("cuda")
     if reason := backends.refusal(mixer, backend, CUDA, dtype, seq_len):
         pytest.skip(f"{name} {backend}: {reason}")
     result = parity.check(mixer, backend, CUDA, dtype, seq_len)

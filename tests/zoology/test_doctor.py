@@ -115,6 +115,21 @@ def test_what_fails_behind_the_one_that_is_used_harms_nobody(fake_backends, monk
     assert report.failed == []
 
 
+@pytest.mark.parametrize(("slow", "status"), [("right", "available"), ("wrong-gradient", "refused")])
+def test_what_auto_leaves_to_others_is_tried_all_the_same(fake_backends, monkeypatch, slow, status):
+    def unsupported(mixer, backend, **case):
+        return "slow here" if backend == slow and mixer.backend == "auto" else None
+
+    monkeypatch.setattr(fake_backends.All, "backends", (slow, "wrong-step", "reference"))
+    monkeypatch.setattr(fake_backends.All, "unsupported", unsupported)
+    report = examine("fake_all")
+    first = report.rows[0]
+    assert [row.status for row in report.rows] == [status, "failed", "used"]
+    assert first.reason.startswith("auto takes another: slow here")
+    assert first.output_error > 0
+    assert [row.backend for row in report.failed] == ["wrong-step"]
+
+
 @pytest.mark.parametrize(
     ("only", "code"),
     [
@@ -196,6 +211,8 @@ def test_a_backend_that_kills_its_process_has_failed_and_the_others_never_notice
         (["--only", "atention"], "unknown architecture 'atention': did you mean 'attention'"),
         (["--dtypes", "float8"], "--dtypes float8: must be one of float32, bfloat16"),
         (["--architectures", "none.py"], "does not exist"),
+        (["--seq-len", "1"], "--seq-len 1: must be at least 2"),
+        (["--device", "gpu"], "--device gpu: no device of torch; allowed are auto, cpu, cuda"),
     ],
 )
 def test_bad_input_is_explained(arguments, message):
@@ -205,10 +222,11 @@ def test_bad_input_is_explained(arguments, message):
 
 
 def test_a_device_that_is_not_there_is_explained(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = CliRunner().invoke(doctor.app, ["--device", "cuda"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert doctor.choose_device("cuda:1") == torch.device("cuda:1")
+    result = CliRunner().invoke(doctor.app, ["--device", "cuda:2"])
     assert result.exit_code == 2
-    assert "--device cuda: torch sees no CUDA device here" in result.stderr
+    assert "--device cuda:2: torch sees 2 CUDA devices here" in result.stderr
 
 
 def test_every_architecture_is_well_here():
