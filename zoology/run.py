@@ -64,7 +64,7 @@ def run(
     experiment: Annotated[Path, typer.Argument(help="file that defines sweep(scale) -> list[RunConfig]")],
     scale: Annotated[Scale | None, typer.Option(help="default: laptop without a GPU, paper with one")] = None,
     out: Annotated[Path | None, typer.Option(help="results directory; default: results/<experiment>-<scale>")] = None,
-    only: Annotated[str | None, typer.Option(help="architectures to run, separated by commas")] = None,
+    only: Annotated[str | None, typer.Option(help="architectures to run, separated by commas, in this order")] = None,
     engine: Annotated[EngineName, typer.Option(help="worker processes here, or a Ray cluster")] = EngineName.local,
     address: Annotated[str | None, typer.Option(help="address of the Ray cluster; default: one of its own")] = None,
     jobs: Annotated[
@@ -122,6 +122,8 @@ def sweep(options: dict[str, Any]) -> int:
             if options["best_seeds"] is not None:
                 configs = with_best_seeds(configs, found.finished, options["best_seeds"])
             runs = plan.make_plan(configs, devices[0], () if options["rerun"] == "all" else found.finished)
+            if options["only"] is not None:
+                runs = plan.ranked(runs, named(options))
             return execute(console, options, runs, found, directory, setups, limits, points, stop)
     except ValueError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
@@ -142,10 +144,15 @@ def chosen_runs(options: dict[str, Any], scale: str) -> tuple[list[RunConfig], s
         runs = plan.with_precision(runs, options["precision"])
     points = {run.point_id for run in runs}
     if options["only"] is not None:
-        runs = plan.keep_only(runs, [name for name in options["only"].split(",") if name])
+        runs = plan.keep_only(runs, named(options))
     if options["seeds"] is not None:
         runs = plan.with_seeds(runs, options["seeds"])
     return runs, points
+
+
+def named(options: dict[str, Any]) -> list[str]:
+    """What --only names, in its order."""
+    return [name for name in options["only"].split(",") if name]
 
 
 def with_best_seeds(runs: list[RunConfig], finished: dict[str, dict[str, Any]], count: int) -> list[RunConfig]:

@@ -134,6 +134,16 @@ def test_only_seeds_and_rerun_all(command, engines):
     assert "±" in command("--only", "based").output
 
 
+def test_what_only_names_first_is_done_first(command, engines, experiment):
+    attention, based = (
+        [run.run_id for run in plan.load_sweep(experiment, "smoke")[part]] for part in (slice(2), slice(2, 4))
+    )
+    assert command("--only", "based,attention").exit_code == 0
+    assert engines.made[-1].started == [*based, *attention]
+    assert command("--only", "attention,based", "--rerun", "all").exit_code == 0
+    assert engines.made[-1].started == [*attention, *based]
+
+
 def test_the_precision_of_the_command_is_part_of_the_runs(command, engines, tmp_path, experiment):
     assert command("--only", "based").exit_code == 0
     said = command("--only", "based", "--precision", "bf16")

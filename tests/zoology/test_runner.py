@@ -346,6 +346,14 @@ def test_the_longest_runs_start_first(make_run):
     assert plan.longest_first([short, wide, long], lambda run: seconds[run.run_id]) == [short, wide, long]
 
 
+def test_architectures_named_first_start_first_whatever_their_length(make_run):
+    runs = [make_run(("base_conv", name), epochs=epochs) for name in ("attention", "based") for epochs in (1, 9)]
+    planned = plan.ranked(plan.make_plan(runs, "cpu"), ["based", "attention"])
+    ordered = plan.longest_first(planned, lambda run: None)
+    started = [(run.config.architecture, run.config.train.epochs) for run in ordered]
+    assert started == [("based", 9), ("based", 1), ("attention", 9), ("attention", 1)]
+
+
 class InstantEngine:
     """Runs end at once, having taken the seconds that `walls` says, by run id."""
 

@@ -42,6 +42,7 @@ class PlannedRun(NamedTuple):
     config: RunConfig
     label: str  # architecture and the options that distinguish its points, learning rate, seed
     size: Size | None  # None for a model that has nothing left to do
+    rank: int = 0  # lower ranks start first
 
     @property
     def cost(self) -> float:
@@ -110,6 +111,11 @@ def keep_only(runs: Sequence[RunConfig], names: Sequence[str]) -> list[RunConfig
     if unknown:
         raise PlanError(f"--only {','.join(unknown)}: not in this sweep, which has {', '.join(known)}")
     return [run for run in runs if run.architecture in names]
+
+
+def ranked(runs: Iterable[PlannedRun], names: Sequence[str]) -> list[PlannedRun]:
+    """The runs, those of the architectures that are named first to start first."""
+    return [run._replace(rank=names.index(run.config.architecture)) for run in runs]
 
 
 def with_seeds(runs: Sequence[RunConfig], count: int) -> list[RunConfig]:
@@ -211,11 +217,11 @@ def point_label(model: ModelConfig) -> str:
 
 
 def longest_first(runs: Iterable[PlannedRun], seconds: Callable[[PlannedRun], float | None]) -> list[PlannedRun]:
-    """Order runs so that the longest start first: by measured seconds where known for all, else by cost."""
+    """Order runs by rank, the longest of a rank first: by measured seconds where known for all, else by cost."""
     runs = list(runs)
     times = [seconds(run) for run in runs]
     weights = [run.cost for run in runs] if None in times else times
-    order = sorted(range(len(runs)), key=lambda index: -weights[index])
+    order = sorted(range(len(runs)), key=lambda index: (runs[index].rank, -weights[index]))
     return [runs[index] for index in order]
 
 
