@@ -19,6 +19,7 @@ import torch
 
 import architectures
 import zoology
+from architectures import backends
 from zoology import tasks
 from zoology.checkpoint import read_checkpoint
 from zoology.config import SCHEMA_VERSION, DataConfig, RunConfig
@@ -215,20 +216,15 @@ def _device(device: str) -> dict[str, str]:
 
 @functools.cache
 def versions() -> dict[str, str | None]:
-    """Versions of what decides the numbers."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = None
+    """Versions of what decides the numbers: of backends' libraries, those that are installed."""
+    libraries = [name for library in backends.LIBRARIES.values() if library for name in library.distributions]
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": backends.installed("triton"),
         "numpy": np.__version__,
         "zoology": zoology.__version__,
-    }
+    } | {name: version for name in libraries if (version := backends.installed(name))}
 
 
 def read_memory(device: str) -> Memory | None:
