@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 import kernels
 from architectures import backends
 from architectures.layers import merge_heads, split_heads
-from architectures.mixer import SequenceMixer, divide_heads
+from architectures.mixer import SequenceMixer, divide_heads, require_at_least
 from architectures.registry import register
 from kernels.taylor_linear_attention import LONGEST_QUADRATIC, TaylorState, triton_refusal
 
@@ -25,11 +27,11 @@ class Based(SequenceMixer):
     """
 
     backends = ("triton", "reference")
+    State: ClassVar[type[NamedTuple]] = TaylorState
 
     def __init__(self, d_model: int, *, feature_dim: int = 16, num_heads: int = 1, backend: str = "auto"):
         super().__init__(d_model, backend=backend)
-        if feature_dim < 1:
-            raise ValueError(f"feature_dim must be at least 1, got {feature_dim}")
+        require_at_least(1, feature_dim=feature_dim)
         self.feature_dim = feature_dim
         self.num_heads = num_heads
         self.head_dim = divide_heads(d_model, num_heads)
@@ -57,21 +59,21 @@ class Based(SequenceMixer):
         like = self.like_parameters(device, dtype)
         if dtype is None and like["dtype"].itemsize == 2:
             like["dtype"] = torch.float32  # a sum over the sequence: bfloat16 cannot count beyond 256 tokens
-        return TaylorState.zeros(batch_size, self.num_heads, self.feature_dim, self.head_dim, **like)
+        return self.State(*TaylorState.zeros(batch_size, self.num_heads, self.feature_dim, self.head_dim, **like))
 
     def prefill(self, x: Tensor, state: TaylorState) -> tuple[Tensor, TaylorState]:
         self.check_state(x, state)
         o, state = kernels.taylor_linear_attention(
-            *self._project(x), initial_state=state, output_final_state=True, backend=self.backend_for(x)
+            *self._project(x), initial_state=TaylorState(*state), output_final_state=True, backend=self.backend_for(x)
         )
-        return self.out_proj(merge_heads(o)), state
+        return self.out_proj(merge_heads(o)), self.State(*state)
 
     def prefill_empty(self, x: Tensor, state: TaylorState) -> tuple[Tensor, TaylorState]:
         self.check_state(x, state)
         o, after = kernels.taylor_linear_attention(
             *self._project(x), output_final_state=True, backend=self.backend_for(x)
         )
-        return self.out_proj(merge_heads(o)), TaylorState(*(part.to(state.kv.dtype) for part in after))
+        return self.out_proj(merge_heads(o)), self.State(*(part.to(state.kv.dtype) for part in after))
 
     def step(self, x: Tensor, state: TaylorState) -> tuple[Tensor, TaylorState]:
         self.check_state(x, state)
@@ -79,5 +81,5 @@ class Based(SequenceMixer):
         backend = self.backend_for(x)
         if backend == "triton" and backends.wants_grad(q, k, v, *state):
             backend = self.ran_beside("reference")  # the Triton step has no gradient
-        o, state = kernels.taylor_linear_attention_step(q, k, v, state, backend=backend, inplace=True)
-        return self.out_proj(merge_heads(o)), state
+        o, state = kernels.taylor_linear_attention_step(q, k, v, TaylorState(*state), backend=backend, inplace=True)
+        return self.out_proj(merge_heads(o)), self.State(*state)

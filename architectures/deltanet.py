@@ -10,7 +10,14 @@ from torch.nn import functional as F
 
 from architectures import fla
 from architectures.layers import ShortConvolution, merge_heads, split_heads
-from architectures.mixer import SequenceMixer, default_num_heads, divide_heads
+from architectures.mixer import (
+    SequenceMixer,
+    default_num_heads,
+    divide_heads,
+    expanded_width,
+    require_at_least,
+    require_positive,
+)
 from architectures.registry import register
 from kernels.delta_rule import delta_rule, delta_rule_step
 
@@ -49,18 +56,11 @@ class DeltaMixer(SequenceMixer):
         backend: str,
     ):
         super().__init__(d_model, backend=backend)
+        require_at_least(1, num_heads=num_heads, head_dim=head_dim, conv_size=conv_size)
+        require_positive(norm_eps=norm_eps)
         self.num_heads = default_num_heads(d_model, head_dim or 64) if num_heads is None else num_heads
-        if self.num_heads < 1:
-            raise ValueError(f"num_heads must be at least 1, got {num_heads}")
         self.head_dim = divide_heads(d_model, self.num_heads) if head_dim is None else head_dim
-        if self.head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
-        self.head_v_dim = round(self.head_dim * expand_v)
-        if self.head_v_dim < 1 or abs(self.head_v_dim - self.head_dim * expand_v) > 1e-6:
-            raise ValueError(
-                f"expand_v={expand_v} times head_dim={self.head_dim} is {self.head_dim * expand_v}: "
-                "allowed is what makes it a positive integer"
-            )
+        self.head_v_dim = expanded_width(self.head_dim, expand_v, name="expand_v", of="head_dim")
         self.allow_neg_eigval = allow_neg_eigval
         self.widths = [self.num_heads * width for width in (self.head_dim, self.head_dim, self.head_v_dim)]
         self.qkv_proj = nn.Linear(d_model, sum(self.widths), bias=False)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from architectures.mixer import require_at_least
 from kernels.taylor_linear_attention import num_taylor_features
 from kernels.taylor_linear_attention.reference import taylor_features
 
@@ -142,8 +143,7 @@ class Performer(FeatureMap):
     def __init__(self, feature_dim: int, num_random: int | None = None, seed: int = 0):
         super().__init__(feature_dim)
         self.num_features = 2 * feature_dim if num_random is None else num_random
-        if self.num_features < 1:
-            raise ValueError(f"num_random={num_random} must be at least 1")
+        require_at_least(1, num_random=num_random)
         generator = torch.Generator().manual_seed(seed)
         draw = {"generator": generator, "dtype": torch.float64}
         blocks = [
@@ -176,8 +176,7 @@ class Cosformer(FeatureMap):
 
     def __init__(self, feature_dim: int, horizon: int = 2048):
         super().__init__(feature_dim)
-        if horizon < 1:
-            raise ValueError(f"horizon={horizon} must be at least 1")
+        require_at_least(1, horizon=horizon)
         self.num_features = 2 * feature_dim
         self.horizon = horizon
 
@@ -201,8 +200,7 @@ class AllPoly(FeatureMap):
     def __init__(self, feature_dim: int, num_features: int | None = None):
         super().__init__(feature_dim)
         self.num_features = feature_dim if num_features is None else num_features
-        if self.num_features < 1:
-            raise ValueError(f"num_features={num_features} must be at least 1")
+        require_at_least(1, num_features=num_features)
         shape, std = (self.num_features, feature_dim), feature_dim**-0.5
         self.mixed = nn.Parameter(torch.randn(shape) * std)
         self.squared = nn.Parameter(torch.randn(shape) * std)

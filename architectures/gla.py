@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from architectures import fla
 from architectures.layers import ShortConvolution, merge_heads, split_heads
-from architectures.mixer import SequenceMixer, default_num_heads
+from architectures.mixer import SequenceMixer, default_num_heads, expanded_width, require_at_least, require_positive
 from architectures.registry import register
 from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 
@@ -66,12 +66,10 @@ class GatedLinearAttention(SequenceMixer):
         super().__init__(d_model, backend=backend)
         if expand_k is None:
             expand_k = 0.5 if d_model % 2 == 0 else 1.0
-        key_dim = _expanded(d_model, expand_k, "expand_k")
-        value_dim = _expanded(d_model, expand_v, "expand_v")
-        if gate_rank < 1:
-            raise ValueError(f"gate_rank must be at least 1, got {gate_rank}")
-        if not gate_temperature > 0:
-            raise ValueError(f"gate_temperature must be positive, got {gate_temperature}")
+        key_dim = expanded_width(d_model, expand_k, name="expand_k", of="d_model")
+        value_dim = expanded_width(d_model, expand_v, name="expand_v", of="d_model")
+        require_at_least(1, gate_rank=gate_rank, conv_size=conv_size)
+        require_positive(gate_temperature=gate_temperature, norm_eps=norm_eps)
         self.num_heads = default_num_heads(math.gcd(key_dim, value_dim), 32) if num_heads is None else num_heads
         if self.num_heads < 1 or key_dim % self.num_heads or value_dim % self.num_heads:
             raise ValueError(
@@ -137,10 +135,3 @@ class GatedLinearAttention(SequenceMixer):
         if q.ndim == 3:
             return linear_recurrence_step(q, k, v, g, kv)
         return linear_recurrence(q, k, v, g, initial_state=kv, output_final_state=True)
-
-
-def _expanded(d_model: int, factor: float, name: str) -> int:
-    width = round(d_model * factor)
-    if width < 1 or not math.isclose(width, d_model * factor):
-        raise ValueError(f"{name}={factor} times d_model={d_model} is {d_model * factor}; allowed: a positive integer")
-    return width

@@ -104,8 +104,8 @@ class H3(SequenceMixer):
         super().__init__(d_model, backend=backend)
         if d_state < 2 or d_state % 2:
             raise ValueError(f"d_state must be an even number of at least 2 (complex pairs), got {d_state}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"dt_min={dt_min} and dt_max={dt_max} must satisfy 0 < dt_min <= dt_max")
+        if not 0 < dt_min <= dt_max < math.inf:
+            raise ValueError(f"dt_min={dt_min} and dt_max={dt_max} must satisfy 0 < dt_min <= dt_max < inf")
         self.d_state = d_state
         self.head_dim = head_dim
         self.num_heads = divide_heads(d_model, head_dim, name="head_dim")

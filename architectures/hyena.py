@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from architectures.layers import ShortConvolution, check_room
 from architectures.long_conv import convolve_on, exact_linear, filter_clock
-from architectures.mixer import SequenceMixer
+from architectures.mixer import SequenceMixer, require_at_least
 from architectures.registry import register
 from kernels.fft_conv import fft_conv
 from kernels.short_convolution import short_convolution
@@ -87,11 +87,9 @@ class Hyena(SequenceMixer):
         backend: str = "auto",
     ):
         super().__init__(d_model, backend=backend)
-        options = {"order": (order, 2), "filter_len": (filter_len, 2), "filter_width": (filter_width, 1)}
-        options |= {"num_bands": (num_bands, 1), "num_inner": (num_inner, 0), "short_filter": (short_filter, 1)}
-        for name, (value, least) in options.items():
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        require_at_least(2, order=order, filter_len=filter_len)
+        require_at_least(1, filter_width=filter_width, num_bands=num_bands, short_filter=short_filter)
+        require_at_least(0, num_inner=num_inner)
         self.order = order
         self.in_proj = nn.Linear(d_model, (order + 1) * d_model)
         self.short_conv = ShortConvolution((order + 1) * d_model, short_filter)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architectures.attention import Attention, AttentionState
+from architectures.mixer import require_at_least
 from architectures.registry import register
 
 
@@ -68,12 +69,10 @@ class InputDependentSparseAttention(Attention):
         backend: str = "auto",
     ):
         super().__init__(d_model, num_heads=num_heads, rotary_fraction=rotary_fraction, bias=bias, backend=backend)
-        if num_lookups is not None and num_lookups < 1:
-            raise ValueError(f"num_lookups must be at least 1, or None for the root of the length, got {num_lookups}")
+        require_at_least(1, num_lookups=num_lookups)
+        require_at_least(0, selection_penalty=selection_penalty)
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
-        if selection_penalty < 0:
-            raise ValueError(f"selection_penalty must be at least 0, got {selection_penalty}")
         self.num_lookups = num_lookups
         self.threshold = threshold
         self.selection_penalty = selection_penalty

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from architectures.mixer import require_at_least
 from kernels.convolution_step import convolution_step, triton_refusal
 
 
@@ -42,8 +43,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, d_model: int, kernel_size: int, *, bias: bool = True, activation: str | None = None):
         super().__init__()
-        if kernel_size < 1:
-            raise ValueError(f"kernel_size must be at least 1, got {kernel_size}")
+        require_at_least(1, kernel_size=kernel_size)
         if activation not in (None, "silu"):
             raise ValueError(f"activation={activation!r} is not one of None, 'silu'")
         self.kernel_size = kernel_size

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from architectures import backends
 from architectures.feature_maps import Taylor, create_feature_map
 from architectures.layers import merge_heads, split_heads
-from architectures.mixer import SequenceMixer, divide_heads
+from architectures.mixer import SequenceMixer, divide_heads, require_at_least, require_positive
 from architectures.registry import register
 from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from kernels.taylor_linear_attention import (
@@ -64,10 +64,8 @@ class LinearAttention(SequenceMixer):
         backend: str = "auto",
     ):
         super().__init__(d_model, backend=backend)
-        if feature_dim < 1:
-            raise ValueError(f"feature_dim={feature_dim} must be at least 1")
-        if not eps > 0:
-            raise ValueError(f"eps={eps} must be positive")
+        require_at_least(1, feature_dim=feature_dim)
+        require_positive(eps=eps)
         self.head_dim = divide_heads(d_model, num_heads)
         self.num_heads, self.feature_dim, self.eps = num_heads, feature_dim, eps
         options = feature_map_options or {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architectures.layers import check_room
-from architectures.mixer import SequenceMixer
+from architectures.mixer import SequenceMixer, require_at_least
 from architectures.registry import register
 from kernels.fft_conv import fft_conv, fft_conv_step
 
@@ -75,11 +75,8 @@ class LongConv(SequenceMixer):
         backend: str = "auto",
     ):
         super().__init__(d_model, backend=backend)
-        for name, value, least in (("filter_len", filter_len, 2), ("num_bands", num_bands, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if filter_hidden < 1:
-            raise ValueError(f"filter_hidden must be at least 1, got {filter_hidden}")
+        require_at_least(2, filter_len=filter_len)
+        require_at_least(1, num_bands=num_bands, filter_hidden=filter_hidden)
         if filter not in ("implicit", "explicit"):
             raise ValueError(f"filter={filter!r} is not one of 'implicit', 'explicit'")
         self.filter_len = filter_len

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from architectures import backends, mamba_ssm
 from architectures.layers import ShortConvolution, step_size_bias
-from architectures.mixer import SequenceMixer
+from architectures.mixer import SequenceMixer, require_at_least
 from architectures.registry import register
 from kernels.selective_scan import selective_scan, selective_scan_step
 
@@ -54,9 +54,7 @@ class Mamba(SequenceMixer):
     ):
         super().__init__(d_model, backend=backend)
         dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
-        for name, value in (("d_state", d_state), ("d_conv", d_conv), ("expand", expand), ("dt_rank", dt_rank)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        require_at_least(1, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank)
         self.d_inner, self.d_state, self.dt_rank = expand * d_model, d_state, dt_rank
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         self.conv = ShortConvolution(self.d_inner, d_conv, activation="silu")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from architectures import mamba_ssm
 from architectures.layers import ShortConvolution, merge_heads, split_heads, step_size_bias
-from architectures.mixer import SequenceMixer, default_num_heads
+from architectures.mixer import SequenceMixer, default_num_heads, require_at_least, require_positive
 from architectures.registry import register
 from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 
@@ -56,9 +56,8 @@ class Mamba2(SequenceMixer):
         backend: str = "auto",
     ):
         super().__init__(d_model, backend=backend)
-        for name, value in (("d_state", d_state), ("d_conv", d_conv), ("expand", expand)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        require_at_least(1, d_state=d_state, d_conv=d_conv, expand=expand)
+        require_positive(norm_eps=norm_eps)
         self.d_inner, self.d_state, self.num_groups = expand * d_model, d_state, num_groups
         if head_dim is None:
             self.num_heads = default_num_heads(self.d_inner, 64)

@@ -254,6 +254,39 @@ def check_prefix_length(prefix_length: int, seq_len: int) -> None:
         )
 
 
+def require_at_least(least: int, **options: float | None) -> None:
+    """Raise ValueError unless every option, by name, is None or a finite number of at least `least`."""
+    for name, value in options.items():
+        if value is not None and not least <= value < math.inf:
+            finite = " and finite" if isinstance(value, float) else ""
+            raise ValueError(f"{name} must be at least {least}{finite}, got {value}")
+
+
+def require_positive(**options: float) -> None:
+    """Raise ValueError unless every option, by name, is a positive finite number."""
+    for name, value in options.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def expanded_width(width: int, factor: float, *, name: str, of: str) -> int:
+    """`width` times `factor`. Raises ValueError unless that is a positive integer, but for rounding."""
+    product = width * factor
+    if not (math.isfinite(product) and product > 0 and math.isclose(round(product), product)):
+        raise ValueError(f"{name}={factor} times {of}={width} is {product}; allowed: a positive integer")
+    return round(product)
+
+
+def depth_and_height(layer_idx: int, n_layers: int) -> tuple[float, float]:
+    """How far through a model its layer `layer_idx` lies: from 0 at the first to 1 at the last, and from 1 to 1 / n.
+
+    The initialisations of RWKV depend on both. Raises ValueError unless 0 <= layer_idx < n_layers.
+    """
+    if not 0 <= layer_idx < n_layers:
+        raise ValueError(f"layer_idx={layer_idx} must lie in [0, n_layers={n_layers})")
+    return layer_idx / max(1, n_layers - 1), 1 - layer_idx / n_layers
+
+
 def divide_heads(d_model: int, num_heads: int, *, name: str = "num_heads") -> int:
     """Width of one head. Raises ValueError unless `num_heads` divides `d_model`."""
     if num_heads < 1 or d_model % num_heads:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,13 @@ from architectures.layers import merge_heads, split_heads
 from architectures.mixer import check_prefix_length
 from architectures.registry import register
 from kernels.taylor_linear_attention import TaylorState
+
+
+class PrefixState(NamedTuple):
+    """`kv` and `key_sum` as Based has them (`TaylorState`), the sums over the prefix among them."""
+
+    kv: Tensor
+    key_sum: Tensor
 
 
 @register("prefix_linear_attention", paper="arXiv:2407.05483")
@@ -32,6 +41,7 @@ class PrefixLinearAttention(Based):
     all tokens instead, and wraps its convolution around the ends of the sequence; that form is not reproduced.
     """
 
+    State = PrefixState
     takes_prefix = True
 
     def __init__(self, d_model: int, *, feature_dim: int = 16, num_heads: int = 1, backend: str = "auto"):
@@ -44,7 +54,7 @@ class PrefixLinearAttention(Based):
             return super().forward(x)
         return self._attend(x, prefix_length)[0]
 
-    def prefill(self, x: Tensor, state: TaylorState, prefix_length: int = 0) -> tuple[Tensor, TaylorState]:
+    def prefill(self, x: Tensor, state: PrefixState, prefix_length: int = 0) -> tuple[Tensor, PrefixState]:
         if prefix_length == 0:
             return super().prefill(x, state)
         self.check_state(x, state)
@@ -53,14 +63,15 @@ class PrefixLinearAttention(Based):
                 f"prefix_length={prefix_length} with a state that holds tokens: a prefix must come whole, in the first "
                 "prefill; allowed here: 0"
             )
-        return self._attend(x, prefix_length, initial_state=state, output_final_state=True)
+        y, after = self._attend(x, prefix_length, initial_state=TaylorState(*state), output_final_state=True)
+        return y, PrefixState(*after)
 
-    def prefill_empty(self, x: Tensor, state: TaylorState, prefix_length: int = 0) -> tuple[Tensor, TaylorState]:
+    def prefill_empty(self, x: Tensor, state: PrefixState, prefix_length: int = 0) -> tuple[Tensor, PrefixState]:
         self.check_state(x, state)
         if prefix_length == 0:
             return super().prefill_empty(x, state)
         y, after = self._attend(x, prefix_length, output_final_state=True)
-        return y, TaylorState(*(part.to(state.kv.dtype) for part in after))
+        return y, PrefixState(*(part.to(state.kv.dtype) for part in after))
 
     def _attend(self, x: Tensor, prefix_length: int, **states) -> tuple[Tensor, TaylorState | None]:
         check_prefix_length(prefix_length, x.shape[1])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from architectures import fla
 from architectures.layers import merge_heads, rotary, split_heads
-from architectures.mixer import SequenceMixer, default_num_heads, divide_heads
+from architectures.mixer import SequenceMixer, default_num_heads, divide_heads, require_at_least, require_positive
 from architectures.registry import register
 from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 
@@ -53,8 +53,8 @@ class RetNet(SequenceMixer):
         backend: str = "auto",
     ):
         super().__init__(d_model, backend=backend)
-        if expand_v < 1:
-            raise ValueError(f"expand_v must be at least 1, got {expand_v}")
+        require_at_least(1, expand_v=expand_v)
+        require_positive(norm_eps=norm_eps)
         self.num_heads = default_num_heads(d_model, 32) if num_heads is None else num_heads
         self.head_k_dim = divide_heads(d_model, self.num_heads)
         self.head_v_dim = expand_v * self.head_k_dim

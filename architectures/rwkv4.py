@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from architectures.layers import token_shift
-from architectures.mixer import SequenceMixer
+from architectures.mixer import SequenceMixer, depth_and_height
 from architectures.registry import register
 from kernels.wkv import WKVState, wkv, wkv_step
 
@@ -42,9 +42,7 @@ class RWKV4(SequenceMixer):
 
     def __init__(self, d_model: int, *, layer_idx: int = 0, n_layers: int = 1, backend: str = "auto"):
         super().__init__(d_model, backend=backend)
-        if not 0 <= layer_idx < n_layers:
-            raise ValueError(f"layer_idx={layer_idx} must lie in [0, n_layers={n_layers})")
-        depth, height = layer_idx / max(1, n_layers - 1), 1 - layer_idx / n_layers
+        depth, height = depth_and_height(layer_idx, n_layers)
         channel = torch.arange(d_model)
         ramp, mix = channel / max(1, d_model - 1), channel / d_model
         self.time_decay = nn.Parameter(-5 + 8 * ramp ** (0.7 + 1.3 * depth))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from architectures import backends, fla
 from architectures.layers import merge_heads, split_heads, token_shift
-from architectures.mixer import SequenceMixer, default_num_heads, divide_heads
+from architectures.mixer import SequenceMixer, default_num_heads, depth_and_height, divide_heads, require_at_least
 from architectures.registry import register
 from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 
@@ -58,12 +58,8 @@ class RWKV6(SequenceMixer):
         super().__init__(d_model, backend=backend)
         self.num_heads = default_num_heads(d_model, 64) if num_heads is None else num_heads
         self.head_dim = divide_heads(d_model, self.num_heads)
-        for name, rank in (("mix_rank", mix_rank), ("decay_rank", decay_rank)):
-            if rank < 1:
-                raise ValueError(f"{name} must be at least 1, got {rank}")
-        if not 0 <= layer_idx < n_layers:
-            raise ValueError(f"layer_idx={layer_idx} must lie in [0, n_layers={n_layers})")
-        self._init_time_parameters(mix_rank, decay_rank, layer_idx / max(1, n_layers - 1), 1 - layer_idx / n_layers)
+        require_at_least(1, mix_rank=mix_rank, decay_rank=decay_rank)
+        self._init_time_parameters(mix_rank, decay_rank, *depth_and_height(layer_idx, n_layers))
         self.receptance, self.key, self.value, self.gate, self.output = (
             nn.Linear(d_model, d_model, bias=False) for _ in range(5)
         )

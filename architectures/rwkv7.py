@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from architectures import fla
 from architectures.layers import merge_heads, split_heads, token_shift
-from architectures.mixer import SequenceMixer, default_num_heads, divide_heads
+from architectures.mixer import SequenceMixer, default_num_heads, depth_and_height, divide_heads, require_at_least
 from architectures.registry import register
 from kernels.delta_rule import dplr_delta_rule, dplr_delta_rule_step
 
@@ -80,29 +80,28 @@ class RWKV7(SequenceMixer):
         backend: str = "auto",
     ):
         super().__init__(d_model, backend=backend)
-        if num_heads is None:
-            num_heads = default_num_heads(d_model, 64) if head_dim is None else d_model // max(1, head_dim)
+        if num_heads is None and head_dim is None:
+            num_heads = default_num_heads(d_model, 64)
+        elif num_heads is None:
+            num_heads = divide_heads(d_model, head_dim, name="head_dim")
         self.num_heads = num_heads
         if head_dim is not None and head_dim * num_heads != d_model:
             raise ValueError(f"head_dim={head_dim} times num_heads={num_heads} must be d_model={d_model}")
         self.head_dim = divide_heads(d_model, num_heads)
-        if not 0 <= layer_idx < n_layers:
-            raise ValueError(f"layer_idx={layer_idx} must lie in [0, n_layers={n_layers})")
-        ranks = []
-        for name, rank, factor in (
-            ("decay_low_rank_dim", decay_low_rank_dim, 2.5),
-            ("a_low_rank_dim", a_low_rank_dim, 2.5),
-            ("gate_low_rank_dim", gate_low_rank_dim, 5.0),
-        ):
-            if rank is not None and rank < 1:
-                raise ValueError(f"{name} must be at least 1, got {rank}")
-            # The official rank for a width, in multiples of 32.
-            ranks.append(max(32, round(factor * d_model**0.5 / 32) * 32) if rank is None else rank)
-        self._init_parameters(*ranks, layer_idx, n_layers)
+        ranks = {
+            "decay_low_rank_dim": decay_low_rank_dim,
+            "a_low_rank_dim": a_low_rank_dim,
+            "gate_low_rank_dim": gate_low_rank_dim,
+        }
+        require_at_least(1, **ranks)
+        # The official rank for a width, in multiples of 32.
+        official = [max(32, round(factor * d_model**0.5 / 32) * 32) for factor in (2.5, 2.5, 5.0)]
+        chosen = (default if rank is None else rank for rank, default in zip(ranks.values(), official))
+        self._init_parameters(*chosen, layer_idx, n_layers)
 
     def _init_parameters(self, decay_rank: int, a_rank: int, gate_rank: int, layer_idx: int, n_layers: int) -> None:
         d_model, channel = self.d_model, torch.arange(self.d_model)
-        depth, height = layer_idx / max(1, n_layers - 1), 1 - layer_idx / n_layers
+        depth, height = depth_and_height(layer_idx, n_layers)
         self.mix = nn.ParameterDict(
             {
                 name: nn.Parameter(1 - (channel / d_model) ** (power * height))

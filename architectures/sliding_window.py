@@ -9,6 +9,7 @@ from torch import Tensor
 
 from architectures.attention import SelfAttention, flash_attention, masked_attention
 from architectures.layers import merge_heads
+from architectures.mixer import require_at_least
 from architectures.registry import register
 
 
@@ -39,8 +40,7 @@ class SlidingWindow(SelfAttention):
         backend: str = "auto",
     ):
         super().__init__(d_model, num_heads=num_heads, rotary_fraction=rotary_fraction, bias=bias, backend=backend)
-        if window < 1:
-            raise ValueError(f"window must be at least 1 token, got {window}")
+        require_at_least(1, window=window)
         self.window = window
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Every registered architecture keeps the mixer contract; a new one is tested by being registered."""
 
 import inspect
+import typing
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,41 @@ def test_wrong_options_are_refused(name):
         architectures.create(name, d_model="64")
     with pytest.raises(ValueError, match="backend"):
         architectures.create(name, d_model=WIDTH, backend="no_such_backend")
+
+
+# What an option may not be, by its type; where one of these is allowed, the mixer must work with it.
+SUSPECTS = {int: (0, -1), float: (0.0, -1.0, float("nan"), float("inf"))}
+
+
+def attempt(name, **options):
+    """The mixer, or None and what its constructor says against the options."""
+    try:
+        return build(name, **options), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+@torch.no_grad()
+def test_every_number_is_refused_by_name_or_works(name):
+    x, unexplained, working = inputs(), [], []
+    for option, told in architectures.describe(name).options.items():
+        kinds = typing.get_args(told.annotation) or (told.annotation,)
+        for value in (suspect for kind in kinds for suspect in SUSPECTS.get(kind, ())):
+            mixer, complaint = attempt(name, **{option: value})
+            if mixer is not None:
+                working.append(mixer)
+            elif option not in complaint or str(value) not in complaint:
+                unexplained.append(f"{option}={value}: {complaint}")
+    assert unexplained == []
+    for mixer in working:
+        assert_close(unroll(mixer, x, mixer.init_state(BATCH, LENGTH))[0], mixer(x), 1e-9)
+
+
+def test_a_state_of_another_architecture_is_refused(name):
+    mixer = architectures.create(name, d_model=WIDTH)
+    for other in set(NAMES) - {name}:
+        with pytest.raises(ValueError, match="expects a state of type"):
+            mixer.step(torch.zeros(BATCH, WIDTH), architectures.create(other, d_model=WIDTH).init_state(BATCH, LENGTH))
 
 
 def test_described(name):

@@ -79,7 +79,7 @@ def test_without_short_convolution():
         ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"num_heads": 3, "expand_v": 1.3}, "expand_v=1.3 times head_dim=4"),
         ({"expand_v": 0.0}, "expand_v=0.0"),
-        ({"conv_size": 0}, "kernel_size must be at least 1, got 0"),
+        ({"conv_size": 0}, "conv_size must be at least 1, got 0"),
     ],
 )
 def test_shape_rules(options, message):

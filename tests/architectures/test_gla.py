@@ -59,8 +59,8 @@ def test_state_with_a_convolution():
         ({"expand_k": 0.3}, r"expand_k=0.3 times d_model=16 is 4.8; allowed: a positive integer"),
         ({"num_heads": 3}, "num_heads=3 does not divide both widths, 8 of keys and 16 of values"),
         ({"gate_rank": 0}, "gate_rank must be at least 1, got 0"),
-        ({"gate_temperature": 0.0}, "gate_temperature must be positive, got 0.0"),
-        ({"use_short_conv": True, "conv_size": 0}, "kernel_size must be at least 1, got 0"),
+        ({"gate_temperature": 0.0}, "gate_temperature must be positive and finite, got 0.0"),
+        ({"use_short_conv": True, "conv_size": 0}, "conv_size must be at least 1, got 0"),
         ({"backend": "sdpa"}, "backend='sdpa' is not one of"),
     ],
 )

@@ -91,7 +91,7 @@ def test_memory_is_the_whole_cache():
     [
         ({"num_lookups": 0}, "num_lookups must be at least 1"),
         ({"threshold": 1.0}, r"threshold must lie in \[0, 1\), got 1.0"),
-        ({"selection_penalty": -1.0}, "selection_penalty must be at least 0, got -1.0"),
+        ({"selection_penalty": -1.0}, "selection_penalty must be at least 0 and finite, got -1.0"),
         ({"num_heads": 3}, "num_heads=3 does not divide d_model=8"),
     ],
 )

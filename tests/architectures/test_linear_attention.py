@@ -189,11 +189,11 @@ def test_a_users_feature_map():
     [
         ({"feature_map": "tailor"}, "feature_map='tailor' is unknown: did you mean 'taylor'"),
         ({"feature_map_options": {"degree": 3}}, r"feature_map_options=\{'degree': 3\} do not fit .* 'taylor'"),
-        ({"feature_dim": 0}, "feature_dim=0 must be at least 1"),
+        ({"feature_dim": 0}, "feature_dim must be at least 1, got 0"),
         ({"num_heads": 3}, r"num_heads=3 does not divide d_model=8: allowed are \[1, 2, 4, 8\]"),
-        ({"eps": 0.0}, "eps=0.0 must be positive"),
+        ({"eps": 0.0}, "eps must be positive and finite, got 0.0"),
         ({"backend": "mamba-ssm"}, "backend='mamba-ssm' is not one of"),
-        ({"feature_map": "cosformer", "feature_map_options": {"horizon": 0}}, "horizon=0 must be at least 1"),
+        ({"feature_map": "cosformer", "feature_map_options": {"horizon": 0}}, "horizon must be at least 1, got 0"),
     ],
 )
 def test_bad_options(options, message):

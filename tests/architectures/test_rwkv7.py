@@ -90,7 +90,7 @@ def test_published_memory(d_model, published):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head_dim": 5}, "head_dim=5 times num_heads=2 must be d_model=12"),
+        ({"head_dim": 5}, "head_dim=5 does not divide d_model=12"),
         ({"head_dim": 4, "num_heads": 2}, "head_dim=4 times num_heads=2 must be d_model=12"),
         ({"num_heads": 5}, "num_heads=5 does not divide d_model=12"),
         ({"layer_idx": 1}, r"layer_idx=1 must lie in \[0, n_layers=1\)"),
