@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from zoology import published, results
@@ -24,6 +25,7 @@ LEGEND = {
     OUTSIDE: "further from the published value than repeats of the published run are",
     UNCLEAR: "further than repeats of Based, not further than those of H3 and Hyena; its own are not known",
 }
+NEAR = (0.03, 0.1)  # differences from the published accuracy that are counted
 BUDGETS = [2**exponent for exponent in range(12, 23)]  # bytes at which architectures are put in order
 
 
@@ -32,8 +34,9 @@ class Comparison(NamedTuple):
 
     `points`: one row per published point that has been run (see `compare`). `missing`: the published points that have
     not. `unpublished`: models run that the figure does not have. `departures`: in what runs differ from the
-    protocol. `left_out`: runs tested on other examples than most. `frame`: the results table of all the others, and
-    `devices` what they ran on.
+    protocol. `unfinished`: models of `frame` and why the protocol's learning rates have no result there, as text.
+    `left_out`: runs tested on other examples than most. `frame`: the results table of all the others, and `devices`
+    what they ran on.
     """
 
     protocol: Protocol
@@ -42,24 +45,26 @@ class Comparison(NamedTuple):
     missing: list[Point]
     unpublished: list[str]
     departures: list[str]
+    unfinished: dict[str, str]
     left_out: int
     devices: list[str]
 
 
-def compare(records: Iterable[dict[str, Any]]) -> list[Comparison]:
+def compare(records: Iterable[dict[str, Any]], failed: Iterable[tuple[dict[str, Any], str]] = ()) -> list[Comparison]:
     """Records, the contents of result.json files, beside every published figure that some of them repeat.
+
+    `failed` are the configs and messages of runs that have no result (`results.load_failed`).
 
     A run repeats a point if it is tested on the figure's slices and is the same model (`published.matches`). Where
     several models are, as the figure's best of equal state, the one best on validation is taken. Columns of `points`:
     what identifies the model, `state_bytes` as measured and `field_bytes` as published; `accuracy` with `low`, `high`,
-    `num_seeds`; `hardest` on the slice that needs most bits; `minutes` of computing over all its rates and seeds;
-    `published` with `precision` and `approximate`; `difference`; `spread_low` and `spread_high`, what is known of how
-    far repeats lie apart; `verdict`, by the difference less the precision: "within" the spread, "outside" of it, or
-    "unclear" between what it might be.
+    `num_seeds`; `num_rates` of the protocol's learning rates that have a result; `hardest` on the slice that needs
+    most bits; `minutes` of computing over all its rates and seeds; `published` with `precision` and `approximate`;
+    `difference`; `spread_low` and `spread_high`, what is known of how far repeats lie apart; `verdict` (see there).
 
     Raises ResultsError if no record repeats a published point.
     """
-    records = list(records)
+    records, failed = list(records), list(failed)
     by_protocol: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         protocol = published.protocol_of(record["config"])
@@ -68,7 +73,7 @@ def compare(records: Iterable[dict[str, Any]]) -> list[Comparison]:
     if not by_protocol:
         raise store.ResultsError(_no_protocol(records))
     found = [
-        _compare(published.protocols()[name], by_protocol[name])
+        _compare(published.protocols()[name], by_protocol[name], failed)
         for name in published.protocols()
         if name in by_protocol
     ]
@@ -77,7 +82,12 @@ def compare(records: Iterable[dict[str, Any]]) -> list[Comparison]:
     return [comparison for comparison in found if not comparison.points.empty]
 
 
-def _compare(protocol: Protocol, records: list[dict[str, Any]]) -> Comparison:
+def load(directory: Path | str) -> list[Comparison]:
+    """`compare` for a results directory; raises as `results.load` does, too."""
+    return compare(results.load_records(directory), results.load_failed(directory))
+
+
+def _compare(protocol: Protocol, records: list[dict[str, Any]], failed: list[tuple[dict[str, Any], str]]) -> Comparison:
     frame = results.from_records(records)
     kept = results.comparable(frame)
     run_ids = set(kept["run_id"])
@@ -88,7 +98,12 @@ def _compare(protocol: Protocol, records: list[dict[str, Any]]) -> Comparison:
     selected = results.select(kept)
     means = selected[selected["slice"] == results.MEAN].set_index("point_id")
     hardest = selected[selected["slice"] == results.slice_names(kept)[-1]].set_index("point_id")["accuracy"]
-    minutes = kept.drop_duplicates("run_id").groupby("point_id")["device_seconds"].sum() / 60
+    runs = kept.drop_duplicates("run_id")
+    minutes = runs.groupby("point_id")["device_seconds"].sum() / 60
+    missing_rates = {
+        name: [rate for rate in protocol.learning_rates if not np.isclose(group["lr"], rate, rtol=1e-4).any()]
+        for name, group in runs.groupby("point_id")
+    }
     rows, missing, used = [], [], set()
     for point in published.points(protocol.name):
         candidates = [
@@ -103,6 +118,7 @@ def _compare(protocol: Protocol, records: list[dict[str, Any]]) -> Comparison:
             "field_bytes": published.field_bytes(models[best], protocol.seq_len),
             "hardest": float(hardest[best]),
             "minutes": float(minutes[best]),
+            "num_rates": len(protocol.learning_rates) - len(missing_rates[best]),
             "d_model": models[best].d_model,
         }
         rows.append(_row(point, means.loc[best], extra))
@@ -111,9 +127,24 @@ def _compare(protocol: Protocol, records: list[dict[str, Any]]) -> Comparison:
     said = [
         text + ("" if count == len(records) else f" ({count} of {len(records)} runs)") for text, count in counts.items()
     ]
+    labels = {name: f"{row['architecture']} {row['point']}" for name, row in means.iterrows()}
+    unfinished = {
+        labels[name]: _why_no_result(configs[name], rates, failed) for name, rates in missing_rates.items() if rates
+    }
     left_out = frame["run_id"].nunique() - len(run_ids)
     devices = sorted({record["device"]["name"] for record in records})
-    return Comparison(protocol, pd.DataFrame(rows), kept, missing, sorted(unused), said, left_out, devices)
+    return Comparison(protocol, pd.DataFrame(rows), kept, missing, sorted(unused), said, unfinished, left_out, devices)
+
+
+def _why_no_result(config: dict[str, Any], rates: list[float], failed: list[tuple[dict[str, Any], str]]) -> str:
+    """Learning rates of a model without a result, each with the message of its run if that failed."""
+    messages = {
+        other["train"]["lr"]: message
+        for other, message in failed
+        if all(other[key] == config[key] for key in ("architecture", "model", "data"))
+        and other["train"] | {"lr": None} == config["train"] | {"lr": None}
+    }
+    return "; ".join(f"{rate:g} " + (f"failed, {messages[rate]}" if rate in messages else "not run") for rate in rates)
 
 
 def _model(config: dict[str, Any]) -> ModelConfig | None:
@@ -139,17 +170,23 @@ def _row(point: Point, ours: pd.Series, extra: dict[str, Any]) -> dict[str, Any]
             "difference": difference,
             "spread_low": spread.low,
             "spread_high": spread.high,
-            "verdict": verdict(difference, point.precision, spread),
+            "verdict": verdict(
+                difference, point.precision, spread, ours["accuracy"] - ours["worst"], ours["best"] - ours["accuracy"]
+            ),
             "source": point.source,
             "spread_source": spread.source,
         }
     )
 
 
-def verdict(difference: float, precision: float, spread: published.Spread) -> str:
-    """Whether a difference is "within" the known spread, "outside" of it, or "unclear" where the spread is a range."""
+def verdict(difference: float, precision: float, spread: published.Spread, below: float = 0, above: float = 0) -> str:
+    """Whether a difference is "within" the known spread, "outside" of it, or "unclear" where the spread is a range.
+
+    The reading's `precision` is forgiven. A published value between the worst and the best of our own seeds, which lie
+    `below` and `above` their mean, is within: repeats here differ by more than that.
+    """
     excess = abs(difference) - precision - 1e-9
-    if excess <= spread.low:
+    if excess <= max(spread.low, below if difference > 0 else above):
         return WITHIN
     return UNCLEAR if excess <= spread.high else OUTSIDE
 
@@ -208,6 +245,7 @@ def to_json(comparisons: Sequence[Comparison]) -> str:
                 "title": comparison.protocol.title,
                 "source": comparison.protocol.source,
                 "departures": comparison.departures,
+                "unfinished": comparison.unfinished,
                 "left_out": comparison.left_out,
                 "cost": cost(comparison),
                 "points": comparison.points.to_dict("records"),
@@ -296,14 +334,19 @@ def notes(comparison: Comparison) -> list[str]:
     lines += [f"{MARKS[kind]} {text}" for kind, text in LEGEND.items() if (points["verdict"] == kind).any()]
     counts = points["verdict"].value_counts()
     verdicts = ", ".join(f"{counts.get(kind, 0)} {kind}" for kind in MARKS)
-    lines.append(f"{verdicts} the known spread, of {len(points)} points run")
+    lines.append(
+        f"{len(points)} of {len(points) + len(comparison.missing)} published points run: {verdicts} the known spread"
+    )
+    near = [f"{(points['difference'].abs() <= limit + 1e-9).sum()} within {limit}" for limit in NEAR]
+    lines.append(f"of the published accuracy: {', '.join(near)}")
     lines += [f"differs from the protocol in {text}" for text in comparison.departures]
     for memory in _memories(comparison):
         summary, *pairs = order_lines(points, memory)
         lines += [f"order at equal {_memory_name(memory)}: {summary}", *(f"  {pair}" for pair in pairs)]
     lines.append(f"cost: {cost(comparison)}")
+    lines += [f"learning rates without a result, {model}: {why}" for model, why in comparison.unfinished.items()]
     if comparison.missing:
-        lines.append("not run: " + "; ".join(_said(point) for point in comparison.missing))
+        lines.append("not run: " + not_run(comparison))
     if comparison.unpublished:
         lines.append("not published: " + "; ".join(comparison.unpublished))
     if comparison.left_out:
@@ -352,6 +395,17 @@ def order_lines(points: pd.DataFrame, memory: str) -> list[str]:
     return lines
 
 
+def not_run(comparison: Comparison) -> str:
+    """The published points that have not been run, as text; an architecture of which none has been by its name."""
+    ran, left = set(comparison.points["architecture"]), {}
+    for point in comparison.missing:
+        left.setdefault(point.architecture, []).append(point)
+    return "; ".join(
+        "; ".join(map(_said, points)) if name in ran else f"{name}, all {len(points)} points"
+        for name, points in left.items()
+    )
+
+
 def _memory_name(memory: str) -> str:
     return {"field_bytes": "memory as the field counts it", "state_bytes": "measured memory", "d_model": "width"}[
         memory
@@ -376,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     options = parser.parse_args(arguments)
     try:
-        comparisons = compare(results.load_records(options.directory))
+        comparisons = load(options.directory)
     except (ValueError, OSError) as error:
         print(f"error: {options.directory}: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,8 @@
 """Figures of the published protocols: accuracy beside the published one, learning rates, training time.
 
 Each takes what `zoology.compare.compare` returns, or one part of it, and gives a matplotlib figure. Filled markers are
-measured here, hollow ones published; a white dot: the selected learning rate lies at the edge of its grid.
+measured here, hollow ones published, grey where they have not been run here; a white dot: the selected learning rate
+lies at the edge of its grid.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ def beside_published(comparison: Comparison):
     table, names = results.select(frame), results.slice_names(frame)
     looks = plot.styles(plot.by_name(frame))
     limits = plot.state_limits(frame, table)
-    limits = min(limits[0], points["field_bytes"].min() / 1.6), max(limits[1], points["field_bytes"].max() * 1.6)
+    published = [*points["field_bytes"], *(point.field_bytes for point in comparison.missing if point.field_bytes)]
+    limits = min(limits[0], min(published) / 1.6), max(limits[1], max(published) * 1.6)
     with rc_context(plot.RC):
         figure = Figure(figsize=(10.8, 5.0), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         _draw_published(left, points, looks)
+        _draw_missing(left, comparison, "field_bytes")
         for axis, name, of_bound in ((left, results.MEAN, names), (right, names[-1], names[-1:])):
             plot.draw_bound(axis, frame, of_bound, limits)
             _draw_measured(axis, table[table["slice"] == name], looks, "state_bytes")
@@ -41,7 +44,7 @@ def beside_published(comparison: Comparison):
         left.set(ylabel="test accuracy", title=f"mean of {len(names)} slices")
         right.set_title(plot.slice_title(frame, names[-1]))
         figure.supxlabel(_state_label(frame), fontsize=9)
-        _legend(right, looks, table, published=True, bound=True)
+        _legend(right, looks, table, published=[comparison], bound=True)
     return figure
 
 
@@ -61,6 +64,7 @@ def by_width(comparisons: Sequence[Comparison]):
             means = table[table["slice"] == results.MEAN]
             means = means.assign(width=means["point_id"].map(widths))
             _draw_published(axis, comparison.points, looks, "d_model", joined=True)
+            _draw_missing(axis, comparison, "d_model")
             _draw_measured(axis, means, looks, "width", best_only=False)
             axis.set(xscale="log", xlabel="d_model", xticks=sorted(widths.unique()))
             axis.xaxis.set_major_formatter(ScalarFormatter())
@@ -68,7 +72,7 @@ def by_width(comparisons: Sequence[Comparison]):
             part = comparison.frame.iloc[0]
             axis.set_title(f"{part['num_kv_pairs']:.0f} pairs, length {part['seq_len']}")
         axes[0].set_ylabel("test accuracy")
-        _legend(axes[-1], looks, pd.concat(tables), published=True, bound=False)
+        _legend(axes[-1], looks, pd.concat(tables), published=comparisons, bound=False)
     return figure
 
 
@@ -153,7 +157,7 @@ def training_time(comparisons: Sequence[Comparison]):
         devices = sorted({device for comparison in comparisons for device in comparison.devices})
         figure.supxlabel(f"training time of one run (seconds, {' and '.join(devices)})", fontsize=9)
         axes[0].set_ylabel("test accuracy, mean of slices" if wide else "test accuracy")
-        _legend(axes[-1], looks, pd.concat(tables), published=False, bound=False, lines=False)
+        _legend(axes[-1], looks, pd.concat(tables), published=[], bound=False, lines=False)
     return figure
 
 
@@ -215,6 +219,16 @@ def _draw_published(
         )  # fmt: skip
 
 
+def _draw_missing(axis, comparison: Comparison, x: str) -> None:
+    """The published points that have not been run."""
+    places = [(getattr(point, x), point.accuracy) for point in comparison.missing if getattr(point, x) is not None]
+    if places:
+        axis.plot(*zip(*places), ls="none", **MISSING, zorder=1, clip_on=False)
+
+
+MISSING = {"marker": "o", "ms": 3.5, "mew": 0.6, "mfc": "none", "color": "0.72"}
+
+
 def _style(axis) -> None:
     axis.set(ylim=(-0.02, 1.03), yticks=np.linspace(0, 1, 6))
     axis.grid(True, axis="y", color="0.9", lw=0.6)
@@ -226,7 +240,9 @@ def _state_label(frame: pd.DataFrame) -> str:
     return f"recurrent state at length {longest:,} (bytes per sequence, all layers)"
 
 
-def _legend(axis, looks, table: pd.DataFrame, *, published: bool, bound: bool, lines: bool = True) -> None:
+def _legend(
+    axis, looks, table: pd.DataFrame, *, published: Sequence[Comparison], bound: bool, lines: bool = True
+) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -246,6 +262,10 @@ def _legend(axis, looks, table: pd.DataFrame, *, published: bool, bound: bool, l
     plain = {"color": "0.3", "ls": "none", "marker": "o"}
     if published:
         handles.append(Line2D([], [], **plain, mfc="none", ms=6, label="published"))
+    if left := sum(len(comparison.missing) for comparison in published):
+        total = left + sum(len(comparison.points) for comparison in published)
+        label = f"published, not run\nhere ({left} of {total})"
+        handles.append(Line2D([], [], ls="none", **MISSING, label=label))
     if bound:
         handles.append(Patch(facecolor="0.85", edgecolor="0.45", lw=0.9, label="ruled out by the\ncounting bound"))
     if (table["num_seeds"] > 1).any():

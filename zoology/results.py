@@ -5,8 +5,10 @@ This is the one way plots, tables and notebooks get data.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,15 @@ def failures(directory: Path | str) -> pd.DataFrame:
     """Failed runs of a results directory: run_id, error."""
     failed = store.scan(directory).failed
     return pd.DataFrame({"run_id": list(failed), "error": list(failed.values())})
+
+
+def load_failed(directory: Path | str) -> list[tuple[dict[str, Any], str]]:
+    """Config and message of every failed run of a results directory; of those whose config can be read."""
+    found = []
+    for run_id, message in store.scan(directory).failed.items():
+        with suppress(OSError, ValueError):
+            found.append((json.loads(Path(directory, run_id, "config.json").read_text(encoding="utf-8")), message))
+    return found
 
 
 def from_records(records: Iterable[dict[str, Any]]) -> pd.DataFrame:

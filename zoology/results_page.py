@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from zoology import compare, figures, plot, results
+from zoology import compare, figures, plot
 from zoology.compare import Comparison
 from zoology.runner import store
 
@@ -42,7 +42,7 @@ def section(root: Path) -> str:
     for figure in FIGURES:
         comparisons = _comparisons(root / figure.directory)
         if comparisons:
-            parts.append(_part(figure, comparisons))
+            parts.append(_part(figure, comparisons, _written(root / figure.directory)))
     if not parts:
         return ""
     return "\n\n".join([f"{START}\n## Beside the published figures", *parts, END])
@@ -52,22 +52,41 @@ def _comparisons(directory: Path) -> list[Comparison]:
     """What is committed of a figure; nothing where there are no records."""
     if not directory.is_dir() or not store.scan(directory).finished:
         return []
-    return compare.compare(results.load_records(directory))
+    return compare.load(directory)
 
 
-def _part(figure: Figure, comparisons: Sequence[Comparison]) -> str:
+NOTES = "NOTES.md"
+"""What people write about a figure's results, beside its records: it is taken over after the table."""
+
+
+def _written(directory: Path) -> str:
+    path = directory / NOTES
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def _part(figure: Figure, comparisons: Sequence[Comparison], written: str = "") -> str:
     picture = f"![{figure.title}, measured and published]({figure.directory}/beside_published.png)"
     told = (
-        f"*Filled markers are measured here, hollow ones published; `python -m zoology.run {figure.experiment} --scale "
-        f"paper`, drawn from the raw records in [{figure.directory}]({figure.directory}).*"
+        f"*Filled markers are measured here, hollow ones published (grey: not run here yet); `python -m zoology.run "
+        f"{figure.experiment} --scale paper`, drawn from the raw records in [{figure.directory}]({figure.directory}).*"
     )
-    blocks = [f"### {figure.title}", picture, told]
+    blocks = [f"### {figure.title}", _how_far(comparisons), picture, told]
     for comparison in comparisons:
         block = [markdown_table(comparison), "\n".join(_items(compare.notes(comparison)))]
         if len(comparisons) > 1:
             block = [f"<details><summary>{comparison.protocol.title}</summary>", *block, "</details>"]
         blocks += block
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, *filter(None, [written])])
+
+
+def _how_far(comparisons: Sequence[Comparison]) -> str:
+    """How much of the published figure has been run."""
+    ran = sum(len(comparison.points) for comparison in comparisons)
+    total = ran + sum(len(comparison.missing) for comparison in comparisons)
+    runs = sum(comparison.frame["run_id"].nunique() for comparison in comparisons)
+    if ran == total:
+        return f"All {total} published points have been run, in {runs} runs."
+    return f"**{ran} of {total} published points have been run so far**, in {runs} runs."
 
 
 def _items(lines: Sequence[str]) -> list[str]:

@@ -118,6 +118,54 @@ def test_a_difference_is_forgiven_the_precision_of_the_reading(difference, preci
     assert compare.verdict(difference, precision, Spread(0.02, 0.1, "")) == expected
 
 
+@pytest.mark.parametrize(
+    ("difference", "below", "above", "expected"),
+    [
+        (0.15, 0.16, 0.01, "within"),  # one of our seeds is lower than the published value
+        (-0.15, 0.16, 0.01, "outside"),  # none is as high
+        (-0.15, 0.01, 0.148, "within"),
+        (-0.15, 0.01, 0.147, "outside"),
+    ],
+)
+def test_a_published_value_among_our_own_seeds_is_within_the_spread(difference, below, above, expected):
+    assert compare.verdict(difference, 0.002, Spread(0.02, 0.1, ""), below, above) == expected
+
+
+def test_seeds_on_both_sides_of_the_published_value(sweep, make_record):
+    run = chosen(sweep, "based", 64, feature_dim=16)[0.01]
+    seeds = [make_record(seeded(run, seed), accuracy) for seed, accuracy in enumerate((0.80, 0.85, 0.915))]
+    ((row,),) = [c.points.to_dict("records") for c in compare.compare(seeds)]
+    assert (row["difference"], row["verdict"]) == (pytest.approx(0.855 - 0.912), "within")
+    ((row,),) = [c.points.to_dict("records") for c in compare.compare(seeds[:2])]
+    assert (row["difference"], row["verdict"]) == (pytest.approx(0.825 - 0.912), "outside")
+
+
+def test_rates_without_a_result_are_told_with_the_reason(sweep, make_record, write_records, capsys):
+    by_rate = chosen(sweep, "based", 64, feature_dim=16)
+    whole = chosen(sweep, "h3", 64)
+    directory = write_records([make_record(by_rate[0.01], 0.9), *(make_record(run, 0.2) for run in whole.values())])
+    lost = by_rate[0.0316228]
+    (directory / lost.run_id).mkdir()
+    (directory / lost.run_id / "config.json").write_text(lost.model_dump_json())
+    (directory / lost.run_id / "error.txt").write_text("the loss is nan at epoch 2\n\nmore\n")
+    other = seeded(chosen(sweep, "based", 48, feature_dim=8)[0.001], 0)
+    (directory / other.run_id).mkdir()
+    (directory / other.run_id / "error.txt").write_text("no config was written\n")
+    (comparison,) = compare.load(directory)
+    why = "0.001 not run; 0.00316228 not run; 0.0316228 failed, the loss is nan at epoch 2"
+    assert comparison.unfinished == {"based d_model=64 feature_dim=16": why}
+    assert comparison.points.set_index("architecture")["num_rates"].to_dict() == {"based": 1, "h3": 4}
+    assert compare.main([str(directory)]) == 0
+    assert f"learning rates without a result, based d_model=64 feature_dim=16: {why}" in capsys.readouterr().out
+
+
+def test_architectures_of_which_nothing_was_run_are_named_once(records):
+    (comparison,) = compare.compare(records)
+    said = compare.not_run(comparison)
+    assert "attention, all 2 points; sliding_window, all 7 points" in said
+    assert "deltanet d_model=128 num_heads=2 use_gate=False conv_size=4 34,304 bytes" in said
+
+
 def test_what_is_not_compared_is_listed(records):
     (comparison,) = compare.compare(records)
     assert comparison.unpublished == ["retnet d_model=64 num_heads=2"]
@@ -200,7 +248,8 @@ def test_the_command_prints_a_table(records, write_records, capsys):
         "0.910", "0.912", "-0.002",
     ]  # fmt: skip
     assert "~0.700" in printed
-    assert "1 within, 2 unclear, 3 outside the known spread, of 6 points run" in printed
+    assert "6 of 50 published points run: 1 within, 2 unclear, 3 outside the known spread" in printed
+    assert "of the published accuracy: 1 within 0.03, 3 within 0.1" in printed
     assert "at 32,768 bytes based is 0.150 below deltanet, published 0.047 above, which may be within the spread" in (
         printed
     )

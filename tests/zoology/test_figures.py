@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from zoology import compare, figures, results, results_page
+from zoology import compare, figures, published, results, results_page
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +58,12 @@ def marked(axis, marker, *, hollow):
     return {(float(x), round(float(y), 6)) for line in lines for x, y in zip(line.get_xdata(), line.get_ydata())}
 
 
+def in_grey(axis):
+    """The published points drawn as not run."""
+    lines = [line for line in axis.lines if line.get_color() == figures.MISSING["color"]]
+    return {(int(x), round(float(y), 6)) for line in lines for x, y in zip(line.get_xdata(), line.get_ydata())}
+
+
 def texts(legend):
     return [text.get_text() for text in legend.get_texts()]
 
@@ -81,11 +87,33 @@ def test_measured_and_published_points_stand_at_their_own_state(based):
     assert low < 384 < 2_097_152 / 4 < high
 
 
+def test_published_points_that_were_not_run_are_grey(based, zoology):
+    mean, hard = figures.beside_published(based).axes
+    ran = {(row["field_bytes"], row["published"]) for _, row in based.points.iterrows()}
+    everything = {(point.field_bytes, point.accuracy) for point in published.points("based_figure2")}
+    assert in_grey(mean) == everything - ran
+    assert (67_072, 0.515) in in_grey(mean)
+    assert in_grey(hard) == set()
+    low, high = mean.get_xlim()
+    assert all(low < x < high for x, _ in everything)
+    grey = [in_grey(axis) for axis in figures.by_width(zoology).axes]
+    assert {x for points in grey for x, _ in points} == {64, 128, 256, 512}
+    assert (512, 0.87) in grey[0]
+
+
+def test_a_whole_figure_has_no_grey_points(paper_runs, make_record):
+    runs = [run for run in paper_runs("zoology_figure2.py") if (run.train.lr, run.data.max_test_length) == (0.01, 128)]
+    comparisons = compare.compare([make_record(run, 0.5) for run in runs])
+    (axis,) = figures.by_width(comparisons).axes
+    assert in_grey(axis) == set()
+    assert not any("not run" in text for text in texts(axis.get_legend()))
+
+
 def test_intervals_bound_and_edges_are_drawn_and_explained(based):
     mean, hard = figures.beside_published(based).axes
     assert texts(hard.get_legend()) == [
-        "attention", "based", "h3", "hyena", "retnet", "published", "ruled out by the\ncounting bound",
-        "95% interval", "learning rate at\nedge of grid",
+        "attention", "based", "h3", "hyena", "retnet", "published", "published, not run\nhere (38 of 50)",
+        "ruled out by the\ncounting bound", "95% interval", "learning rate at\nedge of grid",
     ]  # fmt: skip
     spans = [segment for collection in hard.collections for segment in getattr(collection, "get_segments", list)()]
     half = 12.7062 * 0.005
@@ -206,6 +234,16 @@ def test_the_section_is_written_once_and_then_replaced(root):
     pictures = [line.split("(")[1][:-1] for line in first.splitlines() if line.startswith("![")]
     assert pictures == ["experiments/results/based_figure2/beside_published.png"]
     assert (root / pictures[0]).is_file()
+
+
+def test_the_section_says_how_far_it_is_and_takes_over_what_was_written(root, made_up):
+    readme, folder = root / "README.md", root / results_page.FIGURES[0].directory
+    results_page.main([str(readme)])
+    runs = len(made_up["mqar_sweep.py"])
+    assert f"**12 of 50 published points have been run so far**, in {runs} runs." in readme.read_text()
+    (folder / results_page.NOTES).write_text("Why they differ.\n")
+    results_page.main([str(readme)])
+    assert readme.read_text().endswith("\n\nWhy they differ.\n\n<!-- end results -->\n\n## Layout\n\nmore\n")
 
 
 def test_several_lengths_are_folded(zoology):
