@@ -72,7 +72,7 @@ def failure(mixer: SequenceMixer, backend: str, device: torch.device, dtype: tor
     if backend == "reference" or not on_device:
         return None
     # A backend that is wrong in training is not used for single tokens either, whose check has no gradients.
-    for length in (seq_len,) if seq_len > 1 else (parity.LENGTH, 1):
+    for length in (parity.stand_in(seq_len),) if seq_len > 1 else (parity.LENGTH, 1):
         if parity.known(mixer, backend, device, dtype, length) is None and _capturing(device):
             return "its parity check cannot run inside a CUDA graph capture: call resolve_backend before"
         result = parity.check(mixer, backend, device, dtype, length)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kernels.triton_tuning import compiled_side_by_side
+
 if TYPE_CHECKING:
     from architectures.mixer import SequenceMixer
 
@@ -24,6 +26,7 @@ FACTOR = 4.0
 """A backend's error may be this many times the reference's own error in that precision, or rounding of one entry."""
 BATCH, LENGTH, DECODED = 2, 160, 4
 """Size of the case: at most LENGTH tokens (two and a half chunks of 64); of a decode case, DECODED are single steps."""
+CHUNK = 64
 PERTURBATION = 0.1
 """Every parameter is moved by this much, so that none that starts at zero hides a path through the mixer."""
 
@@ -79,6 +82,14 @@ def check(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch
     return _results[key]
 
 
+def stand_in(seq_len: int) -> int:
+    """A short length for a check of `seq_len`, with as much behind the last whole chunk.
+
+    Kernels are compiled apart for sequences of whole chunks: training on those does not wait for kernels of others.
+    """
+    return seq_len if seq_len <= LENGTH else 2 * CHUNK + seq_len % CHUNK
+
+
 def known(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch.dtype, seq_len: int) -> Parity | None:
     """The result of `check` if there is one already; nothing is run."""
     return _results.get(_key(mixer, backend, device, dtype, seq_len))
@@ -103,7 +114,8 @@ def _compare(mixer: SequenceMixer, backend: str, device: torch.device, dtype: to
     exact = case.run("reference", torch.float64)
     reference = case.own_errors(exact)
     try:
-        found = case.errors(backend, dtype, exact)
+        with compiled_side_by_side(device):
+            found = case.errors(backend, dtype, exact)
     except Exception as error:  # a kernel that does not compile or refuses the shape is what the check is for
         nan = float("nan")
         return Parity(nan, nan, nan, nan, "", f"{type(error).__name__}: {str(error).strip()[:500] or 'no message'}")

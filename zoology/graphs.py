@@ -42,6 +42,9 @@ log = logging.getLogger("zoology")
 KEPT_LOOPS = 2
 """How many loops a process keeps for later runs; each holds its graphs' memory."""
 
+PROBED_ROWS = 16
+"""Examples of the first pass through a model: as many as kernels are compiled for that take whole batches."""
+
 EVALUATION_TOKENS = 1 << 16
 """Tokens of an evaluation batch at most: long test sequences must not need more memory than training."""
 
@@ -198,10 +201,7 @@ class StaticLoop:
         self._label_counts: dict[tuple, set[int]] = defaultdict(set)
         for part, resident in self.parts:
             self._label_counts[self._signature(part, resident)].add(resident.positions.shape[1])
-        self._steps = [
-            self._record(self._training_step(part, resident), train=True, counter=self.counter, recorded=self.captured)
-            for part, resident in self.parts
-        ]
+        self.record_steps()
         # Test slices are scored once a run: recording them would take longer than it saves.
         self._evaluations = {
             split: {
@@ -211,12 +211,19 @@ class StaticLoop:
             for split in ("validation", "test")
         }
 
+    def record_steps(self) -> None:
+        """Build the training step of every slice; what is compiled already is used again."""
+        self._steps = [
+            self._record(self._training_step(part, resident), train=True, counter=self.counter, recorded=self.captured)
+            for part, resident in self.parts
+        ]
+
     def _probe(self) -> list[str]:
         """Names of the parameters that get a gradient. Runs each length once: every mixer then knows its backend."""
         self.model.train()
-        first_two = torch.arange(2, dtype=torch.int32, device=self.device)[None]
+        first_few = torch.arange(PROBED_ROWS, dtype=torch.int32, device=self.device)[None]
         for part, resident in {part.task.seq_len: (part, resident) for part, resident in self.parts}.values():
-            first = first_two[:, : resident.tokens.shape[0]]
+            first = first_few[:, : resident.tokens.shape[0]]
             head = None if self.precision != "bf16" else self.model.embedding.weight.detach().bfloat16()
             loss = batch_loss(self.model, resident, first, self.counter, head, part.task.prefix_length, self.precision)
             loss.backward()
@@ -432,6 +439,16 @@ def compile_apart(
     return torch.compile(apart, fullgraph=True, dynamic=dynamic, backend=backend, options=options or None)
 
 
+def _warm_compilers() -> None:
+    """Start the processes that compile kernels, which takes them seconds: until they are there, nothing is parallel."""
+    _keep_compiled_code()
+    from torch._inductor import async_compile  # earlier versions of PyTorch start them here
+
+    start = getattr(async_compile, "maybe_warm_pool", None)
+    if start is not None:
+        start()
+
+
 def _keep_compiled_code() -> None:
     """Let compiled code outlive the machine's next start: in the user's cache folder, unless told otherwise."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -473,6 +490,8 @@ def fetch_loop(
         _loops.popitem(last=False)
     gc.collect()  # a loop and its steps refer to each other
     wanted = ["compiled graph", "graph"] if mode == "auto" else [mode]
+    if device.type == "cuda" and MODES[wanted[0]][0]:
+        _warm_compilers()
     reasons = []
     for name in wanted:
         compiled, captured = MODES[name]

@@ -71,7 +71,7 @@ def _row_kernel(
     tl.store(products + row[:, None] * D + o_d[None, :], b_acc, mask=m_m[:, None] & (o_d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PARTS"])
 def _combine_kernel(
     h,
     w,
@@ -85,10 +85,10 @@ def _combine_kernel(
     dh,
     N,
     IGNORE,
+    PARTS,
     D: tl.constexpr,
     DP: tl.constexpr,
     BM: tl.constexpr,
-    PARTS: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
     """Loss [N], base-2 logsumexp [N] (inf for rows that do not count) and dh [N, D] from the parts."""
@@ -97,11 +97,11 @@ def _combine_kernel(
     m_m = o_m < N
     m_md = m_m[:, None] & (o_d < D)[None, :]
     b_max = tl.full([BM], float("-inf"), tl.float32)
-    for i_s in tl.static_range(PARTS):
+    for i_s in range(PARTS):
         b_max = tl.maximum(b_max, tl.load(maxima + i_s * N + o_m, mask=m_m, other=0.0))
     b_sum = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, DP], tl.float32)
-    for i_s in tl.static_range(PARTS):
+    for i_s in range(PARTS):
         b_scale = tl.exp2(tl.load(maxima + i_s * N + o_m, mask=m_m, other=0.0) - b_max)
         b_sum += tl.load(sums + i_s * N + o_m, mask=m_m, other=1.0) * b_scale
         b_acc += (
@@ -306,10 +306,10 @@ def linear_cross_entropy_triton(
         dhidden,
         n,
         ignore_index,
+        parts,
         d,
         dp,
         block,
-        parts,
         shift,
         num_warps=4,
     )

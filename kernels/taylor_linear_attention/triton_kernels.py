@@ -356,7 +356,7 @@ def _store_public(
 
 
 # ---------------------------------------------------------------- state passing
-@triton.jit(do_not_specialize=["part"])
+@triton.jit(do_not_specialize=["num_chunks", "part"])
 def _state_kernel(
     x_ptr,
     y_ptr,
@@ -535,7 +535,7 @@ def _read(
     return b_o, b_n
 
 
-@triton.jit(do_not_specialize=["part"])
+@triton.jit(do_not_specialize=["num_chunks", "part"])
 def _apply_kernel(
     x_ptr,
     xs_ptr,
@@ -769,7 +769,7 @@ def _pull_back(
     return b_dx
 
 
-@triton.jit(do_not_specialize=["part"])
+@triton.jit(do_not_specialize=["num_chunks", "part"])
 def _dx_kernel(
     x_ptr,
     y_ptr,

@@ -94,6 +94,17 @@ def test_a_plan_refuses_shapes_without_memory_or_kernels(fake_backends, monkeypa
         narrow.resolve_backend(CPU, torch.float32, 5)
 
 
+@pytest.mark.parametrize(
+    ("seq_len", "checked"), [(5, [5]), (160, [160]), (200, [136]), (256, [128]), (1024, [128]), (1, [160, 1])]
+)
+def test_a_check_has_the_rest_behind_whole_chunks_that_the_sequence_has(fake_backends, monkeypatch, seq_len, checked):
+    """Else kernels for ragged sequences would be compiled that whole ones never use, and their own not be checked."""
+    seen, check = [], parity.check
+    monkeypatch.setattr(parity, "check", lambda *case: seen.append(case[-1]) or check(*case))
+    assert build("fake_right").resolve_backend(CPU, torch.float32, seq_len) == "right"
+    assert seen == checked
+
+
 def test_nothing_is_checked_while_a_graph_is_captured(fake_backends, monkeypatch):
     monkeypatch.setattr(backends, "_capturing", lambda device: True)
     mixer = build("fake_right")
