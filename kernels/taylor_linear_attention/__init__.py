@@ -63,9 +63,11 @@ def taylor_linear_attention(
         return impl.taylor_linear_attention_triton(
             q, k, v, scale=scale, initial_state=initial_state, output_final_state=output_final_state
         )
+    # On a GPU a short sequence is one chunk: features cost more passes over memory there than weights do.
+    whole = {"chunk_size": LONGEST_QUADRATIC} if q.device.type == "cuda" and q.shape[1] <= LONGEST_QUADRATIC else {}
     with torch.autocast(q.device.type, enabled=False):
         return taylor_linear_attention_reference(
-            q, k, v, scale=scale, initial_state=initial_state, output_final_state=output_final_state
+            q, k, v, scale=scale, initial_state=initial_state, output_final_state=output_final_state, **whole
         )
 
 
