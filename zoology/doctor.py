@@ -129,7 +129,8 @@ def _try_all(cases: list[Case], jobs: int, files: Sequence[Path]) -> Iterator[tu
         yield from ((case, try_backend(case)) for case in cases)
         return
     # What compiles and tunes most kernels starts first; references need no compiler and fill up the end.
-    order = sorted(cases, key=lambda case: (case.backend == "reference", case.backend != "fla"))
+    tuned = ("fla", "mamba-ssm")
+    order = sorted(cases, key=lambda c: (c.backend == "reference", c.backend not in tuned or c.dtype.itemsize > 2))
     threads = max(1, _cores() // jobs)
     calls = run_isolated(
         try_backend,
