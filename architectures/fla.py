@@ -44,7 +44,8 @@ def refusal(
     for what, width in widths.items():
         if width > MAX_WIDTH:
             return f"heads have {what}s of width {width}; allowed: up to {MAX_WIDTH}"
-    if operation == "gated_delta_rule" and backends.is_hopper(device):
+    wrong_backward = operation == "gated_delta_rule" or (operation == "retention" and dtype != torch.float32)
+    if wrong_backward and backends.is_hopper(device):
         triton = backends.installed("triton")
         if triton and (3, 4, 0) <= backends.version_tuple(triton) < (3, 7, 1):
             return (

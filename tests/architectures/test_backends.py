@@ -162,8 +162,11 @@ def fla_refusal(operation, key_width=64, value_width=64, device=CUDA, dtype=torc
     return fla.refusal("fla", operation, key_width, value_width, device=device, dtype=dtype, seq_len=64)
 
 
-@pytest.mark.parametrize("operation", ["gla", "retention", "rwkv6", "delta_rule", "kda", "dplr_delta_rule"])
-def test_fla_refuses_shapes_its_kernels_cannot_do(operation):
+@pytest.mark.parametrize(
+    "operation", ["gla", "retention", "rwkv6", "delta_rule", "gated_delta_rule", "kda", "dplr_delta_rule"]
+)
+def test_fla_refuses_shapes_its_kernels_cannot_do(monkeypatch, operation):
+    monkeypatch.setattr(backends, "is_hopper", lambda device: False)
     assert fla_refusal(operation) is None
     assert "width 512; allowed: up to 256" in fla_refusal(operation, key_width=512)
     assert "values of width 8; allowed in torch.bfloat16: even, at least 16" in fla_refusal(operation, value_width=8)
@@ -201,8 +204,10 @@ def test_known_bad_versions_are_refused_by_metadata(monkeypatch, triton, hopper,
     monkeypatch.setattr(backends, "is_hopper", lambda device: hopper)
     assert fla_refusal("delta_rule") is None
     assert fla_refusal("kda") is None
-    reason = fla_refusal("gated_delta_rule")
-    assert ("upgrade Triton" in (reason or "")) == bad
+    assert fla_refusal("retention", dtype=torch.float32) is None  # by other kernels
+    for operation in ("gated_delta_rule", "retention"):
+        reason = fla_refusal(operation)
+        assert ("upgrade Triton" in (reason or "")) == bad
 
 
 @pytest.mark.parametrize(
