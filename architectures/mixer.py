@@ -228,11 +228,16 @@ class SequenceMixer(nn.Module):
         return before
 
     def force_backend(self, backend: str) -> None:
-        """Run `backend` from now on and ask nothing: for parity checks, of a copy that is thrown away."""
+        """Run `backend` from now on and ask nothing: for parity checks, of a copy that is thrown away.
+
+        `auto` stays `auto`: what it would run beside the backend runs beside it here too. The reference runs alone.
+        """
         for module in self.modules():
             if isinstance(module, SequenceMixer):
-                module.backend = backend if backend in module.backends else "reference"
-                module._resolved, module._forced = {}, module.backend
+                taken = backend if backend in module.backends else "reference"
+                if taken == "reference" or module.backend != "auto":
+                    module.backend = taken
+                module._resolved, module._forced = {}, taken
 
     def backend_for(self, x: Tensor) -> str:
         """`resolve_backend` for the tensor at hand, in the dtype autocast would compute with."""

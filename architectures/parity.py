@@ -72,7 +72,7 @@ def check(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch
     `seq_len` 1 stands for decoding: prefill, then single steps, without gradients. The case has its own parameters,
     those of `mixer` moved at random, and its own random numbers: neither the mixer nor a global generator changes.
     For a mixer that takes one, half of the case is a prefix. A backend that raises has failed. Results are kept by
-    architecture, backend, shapes and options, dtype and device.
+    architecture, backend (as named, or as `auto` would run it), shapes and options, dtype and device.
     """
     key = _key(mixer, backend, device, dtype, seq_len)
     if key not in _results:
@@ -241,6 +241,7 @@ def _key(mixer: SequenceMixer, backend: str, device: torch.device, dtype: torch.
         cls.__module__,
         cls.__qualname__,
         backend,
+        mixer.backend == "auto",
         options,
         parameters,
         kind,

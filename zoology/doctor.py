@@ -161,14 +161,16 @@ def _cores() -> int:
 
 
 def try_backend(case: Case) -> Tried:
-    """What became of one backend, tried as if it had been named."""
+    """What became of one backend, tried as `auto` would run it, or as one that is named where `auto` leaves it out."""
     device = torch.device(case.device)
     mixer = _mixer(case.architecture, case.d_model, device)
     row = Row(case.architecture, _short(case.dtype), case.backend, "available")
     # `auto` may leave to others what a backend can do.
     passed_over = backends.refusal(mixer, case.backend, device, case.dtype, case.seq_len)
-    mixer.backend = case.backend
-    reason = backends.refusal(mixer, case.backend, device, case.dtype, case.seq_len)
+    reason = passed_over
+    if passed_over is not None:
+        mixer.backend = case.backend
+        reason = backends.refusal(mixer, case.backend, device, case.dtype, case.seq_len)
     if reason is not None:
         status = "missing" if reason == backends.missing(case.backend) else "refused"
         return Tried(row._replace(status=status, reason=reason), None)

@@ -36,7 +36,7 @@ def install(monkeypatch):
 def twins(name, backend, d_model=16, **options):
     """The same mixer on `backend` and on the reference, every parameter moved."""
     torch.manual_seed(0)
-    mixer = architectures.create(name, d_model=d_model, **options).double()
+    mixer = architectures.create(name, d_model=d_model, backend=backend, **options).double()
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -287,10 +287,13 @@ PAIRS = [
 gpu_pairs = pytest.mark.parametrize(("name", "backend"), PAIRS)
 
 
-def gpu_mixer(name, backend, dtype, seq_len, d_model=64):
-    """A mixer on the GPU that runs `backend`, every parameter moved; skips where it is refused for a known reason."""
+def gpu_mixer(name, backend, dtype, seq_len, d_model=64, chosen="named"):
+    """A mixer on the GPU that runs `backend`, every parameter moved; skips where it is refused for a known reason.
+
+    chosen "auto": with whatever else `auto` runs beside that backend.
+    """
     torch.manual_seed(0)
-    mixer = architectures.create(name, d_model=d_model, backend=backend).to("cuda")
+    mixer = architectures.create(name, d_model=d_model, backend=backend if chosen == "named" else "auto").to("cuda")
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -344,13 +347,9 @@ def decode(mixer, x, parts, steps):
     return torch.cat(outputs, 1), state
 
 
-@pytest.mark.gpu
-@gpu_pairs
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_gpu_prefill_and_step_agree_with_the_reference(name, backend, dtype):
-    """In the dtype of the parameters, from an empty and from a filled state; the reference can go on from its state."""
-    mixer, same, exact = (gpu_mixer(name, backend, dtype, 70) for _ in range(3))
+def assert_decodes_like_the_reference(name, backend, dtype, chosen):
+    mixer, same, exact = (gpu_mixer(name, backend, dtype, 70, chosen=chosen) for _ in range(3))
     same, exact = reference_of(same, dtype), reference_of(exact)
     x = torch.randn(2, 80, 64, device="cuda", dtype=dtype)
 
@@ -364,6 +363,22 @@ def test_gpu_prefill_and_step_agree_with_the_reference(name, backend, dtype):
         return torch.cat(outputs, 1)
 
     assert_near(run(mixer, same), run(same, same), run(exact, exact), dtype)
+
+
+@pytest.mark.gpu
+@gpu_pairs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpu_prefill_and_step_agree_with_the_reference(name, backend, dtype):
+    """In the dtype of the parameters, from an empty and from a filled state; the reference can go on from its state."""
+    assert_decodes_like_the_reference(name, backend, dtype, "named")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if pair[1] in ("sdpa", "flash-attn")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpu_auto_decodes_a_cache_like_the_reference(name, backend, dtype):
+    """The same where `auto` reads a cache by a kernel of its own."""
+    assert_decodes_like_the_reference(name, backend, dtype, "auto")
 
 
 @pytest.mark.gpu
@@ -396,7 +411,8 @@ def test_gpu_gradients_pass_through_states(name, backend):
 @pytest.mark.parametrize("window", [1, 2, 16, 63, 64, 65, 128, 1000])
 def test_gpu_flash_window_counts_the_current_token(window):
     torch.manual_seed(0)
-    mixer = architectures.create("sliding_window", d_model=64, window=window).to("cuda", torch.bfloat16)
+    options = {"window": window, "backend": "flash-attn"}
+    mixer = architectures.create("sliding_window", d_model=64, **options).to("cuda", torch.bfloat16)
     if reason := backends.refusal(mixer, "flash-attn", CUDA, torch.bfloat16, 130):
         pytest.skip(reason)
     exact, own = reference_of(mixer), reference_of(mixer, torch.bfloat16)

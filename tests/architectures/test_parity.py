@@ -66,6 +66,20 @@ def test_numbers_that_are_not_finite_fail():
     assert not Parity(1.1e-6, 1e-6, 0.0, 1e-6, "x").passed
 
 
+@pytest.mark.parametrize(("wrong", "named", "auto"), [("auto", True, False), ("right", False, True)])
+def test_what_auto_runs_and_what_a_name_runs_are_checked_apart(fake_backends, monkeypatch, wrong, named, auto):
+    """A mixer may run something else beside a backend where it was free to choose."""
+    step = fake_backends.Average.step
+
+    def other(mixer, x, state):
+        y, state = step(mixer, x, state)
+        return (1.01 * y if mixer.backend == wrong else y), state
+
+    monkeypatch.setattr(fake_backends.Average, "step", other)
+    assert check(build("fake_right", backend="right"), "right", seq_len=1).passed == named
+    assert check(build("fake_right"), "right", seq_len=1).passed == auto
+
+
 def test_a_gradient_that_is_nan_comes_out_as_the_worst(fake_backends, monkeypatch):
     right = parity._Case.errors
 
