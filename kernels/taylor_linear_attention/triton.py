@@ -88,19 +88,44 @@ def split(length: int, tile: Tile, programs: int, device: torch.device) -> tuple
     return triton.cdiv(chunks, per_group), per_group
 
 
+class Prefix(NamedTuple):
+    """What every token reads besides those before it: k [B, M, H, f], v [B, M, H, V], mask [B, M] bool or None."""
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+
+
 class Starts(NamedTuple):
-    """Raw states at the start of each group, kv [B*H, G, NB*BF, V] and z [B*H, G, NB*BF]; None when all are zero."""
+    """Raw states at the start of each group: kv [B*H, slots, rows, V] and z [B*H, slots, rows], the groups' slots last.
+
+    None when all are zero.
+    """
 
     kv: Tensor | None
     z: Tensor | None
 
+    @classmethod
+    def empty(cls, x: Tensor, slots: int, tile: Tile) -> Starts:
+        """Room for the heads of x [B, T, H, f]."""
+        shape = (x.shape[0] * x.shape[2], slots, tile.rows)
+        kv = torch.empty(*shape, tile.V, device=x.device, dtype=torch.float32)
+        return cls(kv, torch.empty(shape, device=x.device, dtype=torch.float32))
 
-def sum_groups(x: Tensor, y: Tensor, c, mask, tile: Tile, options, groups: int, per_group: int, *, skip: str | None):
-    """Group sums, raw, of phi(x) y^T and phi(x) c; `skip` names an end group ('first', 'last') that nobody needs."""
+    @property
+    def slots(self) -> int:
+        """How many there are per head, those of other groups included."""
+        return 1 if self.kv is None else self.kv.stride(0) // self.kv.stride(1)
+
+    def last(self, groups: int) -> Starts:
+        return Starts(self.kv[:, -groups:], self.z[:, -groups:])
+
+
+def sum_groups(x: Tensor, y: Tensor, c, mask, into: Starts, tile: Tile, options, per_group: int, *, skip: str | None):
+    """Group sums, raw, of phi(x) y^T and phi(x) c, one per slot of `into`; 'first' or 'last' is one nobody needs."""
     b, t, h, _ = x.shape
-    kv = torch.empty(b * h, groups, tile.rows, tile.V, device=x.device, dtype=torch.float32)
-    z = torch.empty(b * h, groups, tile.rows, device=x.device, dtype=torch.float32)
-    num = groups - (skip is not None)
+    kv, z = into
+    num = kv.shape[1] - (skip is not None)
     for part in range(tile.PARTS if num else 0):
         tk._state_kernel[(triton.cdiv(tile.V, tile.BV), num, b * h)](
             x,
@@ -110,7 +135,7 @@ def sum_groups(x: Tensor, y: Tensor, c, mask, tile: Tile, options, groups: int, 
             kv,
             z,
             t,
-            groups,
+            into.slots,
             per_group,
             1 if skip == "first" else 0,
             part,
@@ -118,10 +143,9 @@ def sum_groups(x: Tensor, y: Tensor, c, mask, tile: Tile, options, groups: int, 
             HAS_MASK=mask is not None,
             **shape_constants(tile, options, t, h, mask, "state"),
         )
-    return kv, z
 
 
-def scan(kv, z, initial: TaylorState | None, final: TaylorState | None, scale: float, tile: Tile, *, reverse: bool):
+def scan(kv, z, initial: TaylorState | None, scale: float, tile: Tile, *, reverse: bool):
     """Turn group sums into the states at the start of each group, in place; the skipped end group may hold anything."""
     heads, groups, rows, _ = kv.shape
     block = 16
@@ -130,13 +154,10 @@ def scan(kv, z, initial: TaylorState | None, final: TaylorState | None, scale: f
         z,
         kv if initial is None else initial.kv,
         z if initial is None else initial.key_sum,
-        kv if final is None else final.kv,
-        z if final is None else final.key_sum,
         scale,
         groups,
         REVERSE=reverse,
         HAS_INITIAL=initial is not None,
-        HAS_FINAL=final is not None,
         F=tile.F,
         V=tile.V,
         VP=triton.next_power_of_2(tile.V),
@@ -146,14 +167,28 @@ def scan(kv, z, initial: TaylorState | None, final: TaylorState | None, scale: f
     )
 
 
-def group_starts(x, y, c, initial, scale, tile, options, groups, per_group, *, reverse: bool) -> Starts:
-    """The state at the start of each group: forwards from `initial`, or backwards from the final gradient."""
-    if groups == 1 and initial is None:
+def group_starts(
+    x, y, c, initial, scale, tile, options, groups, per_group, *, reverse: bool, prefix: Prefix | None = None
+) -> Starts:
+    """The state at the start of each group: forwards from `initial` and the prefix, or backwards from the gradient."""
+    slots = groups
+    if prefix is not None:
+        length = prefix.k.shape[1]
+        before, per_group_before = split(length, tile, triton.cdiv(tile.V, tile.BV) * x.shape[0] * x.shape[2], x.device)
+        # One group of each: the sum of the prefix is the state at the start.
+        slots = 1 if before == groups == 1 and initial is None else before + groups
+    if slots == 1 and prefix is None and initial is None:
         return Starts(None, None)
-    skip = "first" if reverse else "last"
-    kv, z = sum_groups(x, y, c, None, tile, options, groups, per_group, skip=skip)
-    scan(kv, z, initial, None, scale, tile, reverse=reverse)
-    return Starts(kv, z)
+    raw = Starts.empty(x, slots, tile)
+    if prefix is not None:
+        into = Starts(raw.kv[:, :before], raw.z[:, :before])
+        sum_groups(prefix.k, prefix.v, None, prefix.mask, into, tile, options, per_group_before, skip=None)
+        if slots == 1:
+            return raw
+    starts = raw.last(groups)
+    sum_groups(x, y, c, None, starts, tile, options, per_group, skip="first" if reverse else "last")
+    scan(*raw, initial, scale, tile, reverse=reverse)
+    return starts
 
 
 def launch_apply(
@@ -181,7 +216,7 @@ def launch_apply(
             o if final is None else final.key_sum,
             scale,
             t,
-            groups,
+            start.slots,
             per_group,
             part,
             CAUSAL=xs is not None,
@@ -220,10 +255,10 @@ def launch_dx(
             dx if final is None else final.key_sum,
             scale,
             t,
-            groups,
+            start.slots,
             per_group,
             part,
-            x.numel(),
+            b * t * h,
             CAUSAL=xs is not None,
             REVERSE=reverse,
             HAS_MASK=mask is not None,
@@ -248,34 +283,54 @@ def empty_state(b: int, h: int, f: int, v_dim: int, like: Tensor) -> TaylorState
 
 
 # ---------------------------------------------------------------- operators
-STATE = "Tensor? initial_kv, Tensor? initial_key_sum"
+GIVEN = (
+    "Tensor? prefix_k, Tensor? prefix_v, Tensor? prefix_mask, Tensor? initial_kv, Tensor? initial_key_sum, float scale"
+)
+
+
+class Call(NamedTuple):
+    """What a pass over q, k [B, T, H, f] and v [B, T, H, V] is launched with."""
+
+    prefix: Prefix | None
+    initial: TaylorState | None
+    plan: tuple
+
+    @classmethod
+    def of(cls, q, v, prefix_k, prefix_v, prefix_mask, initial_kv, initial_key_sum, scale, *, backward: bool) -> Call:
+        (b, t, h, f), v_dim = q.shape, v.shape[-1]
+        tile, options = choose_tile(f, v_dim, q.dtype, backward=backward)
+        prefix = None
+        if prefix_k is not None:
+            mask = None if prefix_mask is None else prefix_mask.contiguous()
+            prefix = Prefix(prefix_k.contiguous(), prefix_v.contiguous(), mask)
+        groups = split(t, tile, triton.cdiv(v_dim, tile.BV) * b * h, q.device)
+        return cls(prefix, as_state(initial_kv, initial_key_sum), (scale, tile, options, *groups))
 
 
 @torch.library.custom_op(
     "zoology::taylor_linear_attention",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {STATE}, float scale, bool output_final_state)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {GIVEN}, bool output_final_state) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def forward_op(q, k, v, initial_kv, initial_key_sum, scale, output_final_state):
+def forward_op(q, k, v, *given_and_final):
+    *given, output_final_state = given_and_final
     q, k, v = (x.contiguous() for x in (q, k, v))
     (b, t, h, f), v_dim = q.shape, v.shape[-1]
-    tile, options = choose_tile(f, v_dim, q.dtype)
-    groups, per_group = split(t, tile, triton.cdiv(v_dim, tile.BV) * b * h, q.device)
-    initial = as_state(initial_kv, initial_key_sum)
-    start = group_starts(k, v, None, initial, scale, tile, options, groups, per_group, reverse=False)
-    norm = torch.empty(tile.PARTS, b, t, h, device=q.device, dtype=torch.float32)
+    prefix, initial, plan = Call.of(q, v, *given, backward=False)
+    parts = plan[1].PARTS
+    start = group_starts(k, v, None, initial, *plan, reverse=False, prefix=prefix)
+    norm = torch.empty(parts, b, t, h, device=q.device, dtype=torch.float32)
     final = empty_state(b, h, f, v_dim, q) if output_final_state else None
-    o = launch_apply(q, k, v, None, v, norm, start, final, scale, tile, options, groups, per_group, reverse=False)
-    return o, norm[0] if tile.PARTS == 1 else norm[-1].clone(), *(final or (q.new_empty(0), q.new_empty(0)))
+    o = launch_apply(q, k, v, None, v, norm, start, final, *plan, reverse=False)
+    return o, norm[0] if parts == 1 else norm[-1].clone(), *(final or (q.new_empty(0), q.new_empty(0)))
 
 
 @forward_op.register_fake
-def _(q, k, v, initial_kv, initial_key_sum, scale, output_final_state):
+def _(q, k, v, *given_and_final):
     b, t, h, f = q.shape
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     norm = q.new_empty(b, t, h, dtype=torch.float32)
-    if output_final_state:
+    if given_and_final[-1]:
         return o, norm, *empty_state(b, h, f, v.shape[-1], q)
     return o, norm, o.new_empty(0), o.new_empty(0)
 
@@ -283,15 +338,14 @@ def _(q, k, v, initial_kv, initial_key_sum, scale, output_final_state):
 @torch.library.custom_op(
     "zoology::taylor_linear_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor o, Tensor norm, Tensor do, {STATE},"
-    " Tensor? dfinal_kv, Tensor? dfinal_key_sum, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor o, Tensor norm, Tensor do, Tensor? dfinal_kv,"
+    f" Tensor? dfinal_key_sum, {GIVEN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def backward_op(q, k, v, o, norm, do, initial_kv, initial_key_sum, dfinal_kv, dfinal_key_sum, scale):
+def backward_op(q, k, v, o, norm, do, dfinal_kv, dfinal_key_sum, *given):
+    """Gradients of q, k, v, and of keys and values of the prefix and both tensors of the initial state, or empty."""
     q, k, v, do = (x.contiguous() for x in (q, k, v, do))
-    (b, t, h, f), v_dim = q.shape, v.shape[-1]
-    tile, options = choose_tile(f, v_dim, q.dtype, backward=True)
-    groups, per_group = split(t, tile, triton.cdiv(v_dim, tile.BV) * b * h, q.device)
-    plan = (scale, tile, options, groups, per_group)
+    (b, _, h, f), v_dim = q.shape, v.shape[-1]
+    prefix, initial, plan = Call.of(q, v, *given, backward=True)
 
     # fp16 has no room for do / norm at long lengths.
     dn = torch.empty_like(v, dtype=torch.float32 if v.dtype == torch.float16 else v.dtype)
@@ -300,124 +354,68 @@ def backward_op(q, k, v, o, norm, do, initial_kv, initial_key_sum, dfinal_kv, df
     tk._normaliser_kernel[(triton.cdiv(norm.numel(), rows),)](
         o, do, norm, dn, delta, norm.numel(), V=v_dim, VP=triton.next_power_of_2(v_dim), BR=rows, num_warps=4
     )
-    initial, dfinal = as_state(initial_kv, initial_key_sum), as_state(dfinal_kv, dfinal_key_sum)
-    start = group_starts(k, v, None, initial, *plan, reverse=False)
+    # What the prefix adds up to is summed once more: kept since the forward pass, it would take a state's memory.
+    start = group_starts(k, v, None, initial, *plan, reverse=False, prefix=prefix)
     dq = launch_dx(q, dn, delta, k, v, None, start, None, *plan, reverse=False)
 
-    start = group_starts(q, dn, delta, dfinal, *plan, reverse=True)
-    dinitial = None if initial is None else empty_state(b, h, f, v_dim, q)
-    dk = launch_dx(k, v, delta, q, dn, None, start, dinitial, *plan, reverse=True)
+    start = group_starts(q, dn, delta, as_state(dfinal_kv, dfinal_key_sum), *plan, reverse=True)
+    before = None if initial is None and prefix is None else empty_state(b, h, f, v_dim, q)
+    dk = launch_dx(k, v, delta, q, dn, None, start, before, *plan, reverse=True)
     dv = launch_apply(k, q, dn, None, v, None, start, None, *plan, reverse=True)
+    dprefix = (q.new_empty(0), q.new_empty(0)) if prefix is None else prefix_gradients(prefix, before, plan)
     if initial is None:
-        return dq, dk, dv, q.new_empty(0), q.new_empty(0)
-    return dq, dk, dv, *(x.to(initial.kv.dtype) for x in dinitial)
+        return dq, dk, dv, *dprefix, q.new_empty(0), q.new_empty(0)
+    return dq, dk, dv, *dprefix, *(x.to(initial.kv.dtype) for x in before)
+
+
+def prefix_gradients(prefix: Prefix, gradient: TaylorState, plan: tuple) -> tuple[Tensor, Tensor]:
+    """Of k and v of a prefix, from the gradient of its state."""
+    scale, tile, options, *_ = plan
+    k, v, mask = prefix
+    b, m, h, _ = k.shape
+    plan = (scale, tile, options, *split(m, tile, triton.cdiv(tile.V, tile.BV) * b * h, k.device))
+    start = Starts.empty(k, 1, tile)
+    scan(*start, gradient, scale, tile, reverse=True)
+    dk = launch_dx(k, v, None, None, None, mask, start, None, *plan, reverse=True)
+    dv = launch_apply(k, None, None, mask, v, None, start, None, *plan, reverse=True)
+    return dk, dv
 
 
 @backward_op.register_fake
-def _(q, k, v, o, norm, do, initial_kv, initial_key_sum, dfinal_kv, dfinal_key_sum, scale):
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    if initial_kv is None:
-        return dq, dk, dv, q.new_empty(0), q.new_empty(0)
-    return (
-        dq,
-        dk,
-        dv,
-        *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (initial_kv, initial_key_sum)),
+def _(q, k, v, o, norm, do, dfinal_kv, dfinal_key_sum, prefix_k, prefix_v, prefix_mask, initial_kv, initial_ks, scale):
+    given = (q, k, v, prefix_k, prefix_v, initial_kv, initial_ks)
+    return tuple(
+        q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in given
     )
 
 
 def _setup_forward(ctx, inputs, output):
-    q, k, v, initial_kv, initial_key_sum, scale, output_final_state = inputs
+    *tensors, ctx.scale, ctx.output_final_state = inputs
     o, norm, _, _ = output
-    ctx.save_for_backward(q, k, v, o, norm, initial_kv, initial_key_sum)
-    ctx.scale, ctx.output_final_state = scale, output_final_state
+    ctx.save_for_backward(*tensors, o, norm)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, do, _, dfinal_kv, dfinal_key_sum):
-    q, k, v, o, norm, initial_kv, initial_key_sum = ctx.saved_tensors
+    q, k, v, *given, o, norm = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
     dfinal = (None, None)
     if ctx.output_final_state and not (dfinal_kv is None and dfinal_key_sum is None):
         dfinal = TaylorState.zeros(*q.shape[::2], q.shape[-1], v.shape[-1], device=q.device, dtype=torch.float32)
         dfinal = [zero if x is None else x for x, zero in zip((dfinal_kv, dfinal_key_sum), dfinal)]
-    dq, dk, dv, dkv, dkey_sum = torch.ops.zoology.taylor_linear_attention_backward(
-        q, k, v, o, norm, do, initial_kv, initial_key_sum, *dfinal, ctx.scale
+    dq, dk, dv, dprefix_k, dprefix_v, dkv, dkey_sum = torch.ops.zoology.taylor_linear_attention_backward(
+        q, k, v, o, norm, do, *dfinal, *given, ctx.scale
     )
+    prefix_k, _, _, initial_kv, _ = given
+    if prefix_k is None:
+        dprefix_k = dprefix_v = None
     if initial_kv is None:
         dkv = dkey_sum = None
-    return dq, dk, dv, dkv, dkey_sum, None, None
+    return dq, dk, dv, dprefix_k, dprefix_v, None, dkv, dkey_sum, None, None
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_forward)
-
-
-@torch.library.custom_op(
-    "zoology::taylor_state",
-    mutates_args=(),
-    schema=f"(Tensor k, Tensor v, Tensor? mask, {STATE}, float scale) -> (Tensor, Tensor)",
-)
-def state_op(k, v, mask, initial_kv, initial_key_sum, scale):
-    """The public state after all tokens that count, in float32: the memory of a non-causal prefix."""
-    k, v = k.contiguous(), v.contiguous()
-    (b, t, h, f), v_dim = k.shape, v.shape[-1]
-    tile, options = choose_tile(f, v_dim, k.dtype)
-    groups, per_group = split(t, tile, triton.cdiv(v_dim, tile.BV) * b * h, k.device)
-    mask = None if mask is None else mask.contiguous()
-    kv, z = sum_groups(k, v, None, mask, tile, options, groups, per_group, skip=None)
-    final = empty_state(b, h, f, v_dim, k)
-    scan(kv, z, as_state(initial_kv, initial_key_sum), final, scale, tile, reverse=False)
-    return tuple(final)
-
-
-@state_op.register_fake
-def _(k, v, mask, initial_kv, initial_key_sum, scale):
-    return tuple(empty_state(k.shape[0], k.shape[2], k.shape[3], v.shape[3], k))
-
-
-@torch.library.custom_op(
-    "zoology::taylor_state_backward",
-    mutates_args=(),
-    schema="(Tensor k, Tensor v, Tensor? mask, Tensor dkv, Tensor dkey_sum, float scale) -> (Tensor, Tensor)",
-)
-def state_backward_op(k, v, mask, dkv, dkey_sum, scale):
-    k, v = k.contiguous(), v.contiguous()
-    (b, t, h, f), v_dim = k.shape, v.shape[-1]
-    tile, options = choose_tile(f, v_dim, k.dtype, backward=True)
-    groups, per_group = split(t, tile, triton.cdiv(v_dim, tile.BV) * b * h, k.device)
-    plan = (scale, tile, options, groups, per_group)
-    start = Starts(
-        torch.empty(b * h, 1, tile.rows, v_dim, device=k.device, dtype=torch.float32),
-        torch.empty(b * h, 1, tile.rows, device=k.device, dtype=torch.float32),
-    )
-    scan(*start, as_state(dkv, dkey_sum), None, scale, tile, reverse=True)
-    mask = None if mask is None else mask.contiguous()
-    dk = launch_dx(k, v, None, None, None, mask, start, None, *plan, reverse=True)
-    dv = launch_apply(k, None, None, mask, v, None, start, None, *plan, reverse=True)
-    return dk, dv
-
-
-@state_backward_op.register_fake
-def _(k, v, mask, dkv, dkey_sum, scale):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-
-
-def _setup_state(ctx, inputs, output):
-    k, v, mask, initial_kv, _, scale = inputs
-    ctx.save_for_backward(k, v, mask)
-    ctx.scale, ctx.initial_dtype = scale, None if initial_kv is None else initial_kv.dtype
-
-
-def _state_backward(ctx, dkv, dkey_sum):
-    k, v, mask = ctx.saved_tensors
-    dk, dv = torch.ops.zoology.taylor_state_backward(k, v, mask, dkv, dkey_sum, ctx.scale)
-    if ctx.initial_dtype is None:
-        return dk, dv, None, None, None, None
-    return dk, dv, None, dkv.to(ctx.initial_dtype), dkey_sum.to(ctx.initial_dtype), None
-
-
-state_op.register_autograd(_state_backward, setup_context=_setup_state)
 
 
 def launch_step(q, k, v, state, new, scale):
@@ -480,10 +478,18 @@ def _(q, k, v, kv, key_sum, scale):
 
 # ---------------------------------------------------------------- what the public functions call
 def taylor_linear_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, initial_state: TaylorState | None, output_final_state: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    initial_state: TaylorState | None,
+    output_final_state: bool,
+    prefix: Prefix | None = None,
 ) -> tuple[Tensor, TaylorState | None]:
-    initial = (None, None) if initial_state is None else initial_state
-    o, _, kv, key_sum = torch.ops.zoology.taylor_linear_attention(q, k, v, *initial, scale, output_final_state)
+    initial = initial_state or (None, None)
+    given = prefix or (None, None, None)
+    o, _, kv, key_sum = torch.ops.zoology.taylor_linear_attention(q, k, v, *given, *initial, scale, output_final_state)
     if not output_final_state:
         return o, None
     dtype = torch.float32 if initial_state is None else initial_state[0].dtype

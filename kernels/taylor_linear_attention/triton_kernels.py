@@ -356,7 +356,7 @@ def _store_public(
 
 
 # ---------------------------------------------------------------- state passing
-@triton.jit(do_not_specialize=["num_chunks", "part"])
+@triton.jit(do_not_specialize=["T", "G", "num_chunks", "first_group", "part"])
 def _state_kernel(
     x_ptr,
     y_ptr,
@@ -436,29 +436,23 @@ def _state_kernel(
         _store_raw(p_s, p_z, b_s2, _total(b_z2), i_0 + 2, o_v, i_v == 0, V, BF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def _scan_kernel(
     kv_ptr,
     z_ptr,
     init_kv_ptr,
     init_z_ptr,
-    final_kv_ptr,
-    final_z_ptr,
     scale,
     G,
     REVERSE: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
-    HAS_FINAL: tl.constexpr,
     F: tl.constexpr,
     V: tl.constexpr,
     VP: tl.constexpr,
     FT: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """In place, group sums -> the raw state before each group (REVERSE: after it), from a public initial state.
-
-    HAS_FINAL also writes the public total.
-    """
+    """In place, group sums -> the raw state before each group (REVERSE: after it), from a public initial state."""
     NQ: tl.constexpr = F * (F + 1) // 2
     i_r, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_r, o_v = i_r * BR + tl.arange(0, BR), tl.arange(0, VP)
@@ -472,8 +466,7 @@ def _scan_kernel(
         b_s = tl.load(p, mask=m_s, other=0.0).to(tl.float32) / factor[:, None]
         b_z = tl.load(init_z_ptr + i_bh * NF + row, mask=exists, other=0.0).to(tl.float32) / factor
     m_w = (o_v < V)[None, :]
-    # The sum of the last group serves only the total, and is not there without one.
-    for i in range(0, G if HAS_FINAL else G - 1):
+    for i in range(0, G - 1):
         i_g = i_bh * G + (G - 1 - i if REVERSE else i)
         p_s = kv_ptr + (i_g * FT + o_r[:, None]) * V + o_v[None, :]
         p_z = z_ptr + i_g * FT + o_r
@@ -483,14 +476,10 @@ def _scan_kernel(
         tl.store(p_z, b_z)
         b_s += b_ds
         b_z += b_dz
-    if not HAS_FINAL:
-        i_g = i_bh * G + (0 if REVERSE else G - 1)
-        tl.store(kv_ptr + (i_g * FT + o_r[:, None]) * V + o_v[None, :], b_s, mask=m_w)
-        tl.store(z_ptr + i_g * FT + o_r, b_z)
-    if HAS_FINAL:
-        p = final_kv_ptr + (i_bh * NF + row[:, None]) * V + o_v[None, :]
-        tl.store(p, b_s * factor[:, None], mask=m_s)
-        tl.store(final_z_ptr + i_bh * NF + row, b_z * factor, mask=exists)
+    # Nobody summed the last group: its start is what is there now.
+    i_g = i_bh * G + (0 if REVERSE else G - 1)
+    tl.store(kv_ptr + (i_g * FT + o_r[:, None]) * V + o_v[None, :], b_s, mask=m_w)
+    tl.store(z_ptr + i_g * FT + o_r, b_z)
 
 
 # ---------------------------------------------------------------- outputs: o, and the gradient of v
@@ -535,7 +524,7 @@ def _read(
     return b_o, b_n
 
 
-@triton.jit(do_not_specialize=["num_chunks", "part"])
+@triton.jit(do_not_specialize=["T", "G", "num_chunks", "part"])
 def _apply_kernel(
     x_ptr,
     xs_ptr,
@@ -694,7 +683,7 @@ def _apply_kernel(
         _store(p_o, b_o.to(o_ptr.dtype.element_ty), m_v, EVEN)
 
     if HAS_FINAL:  # noqa: SIM102  known when compiling, the inner one only when running
-        if i_g == (0 if REVERSE else G - 1):
+        if i_g == (0 if REVERSE else tl.num_programs(1) - 1):
             p_kv = final_kv_ptr + i_bh.to(tl.int64) * (NQ + F + 1) * V
             p_z = final_z_ptr + i_bh.to(tl.int64) * (NQ + F + 1)
             _store_public(p_kv, p_z, b_s0, b_z0, i_0, o_v, i_v == 0, scale, F, V, BF)
@@ -704,7 +693,7 @@ def _apply_kernel(
 
 
 # ---------------------------------------------------------------- gradients of q and k
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _normaliser_kernel(
     o_ptr, do_ptr, norm_ptr, dn_ptr, delta_ptr, N, V: tl.constexpr, VP: tl.constexpr, BR: tl.constexpr
 ):
@@ -769,7 +758,7 @@ def _pull_back(
     return b_dx
 
 
-@triton.jit(do_not_specialize=["num_chunks", "part"])
+@triton.jit(do_not_specialize=["T", "G", "num_chunks", "part", "num_rows"])
 def _dx_kernel(
     x_ptr,
     y_ptr,
@@ -787,7 +776,7 @@ def _dx_kernel(
     G,
     num_chunks,
     part,
-    partial_stride,
+    num_rows,
     CAUSAL: tl.constexpr,
     REVERSE: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -827,7 +816,7 @@ def _dx_kernel(
     xs_ptr += (base * H + i_h) * F
     ys_ptr += (base * H + i_h) * V
     c_ptr += base * H + i_h
-    dx_ptr += (base * H + i_h) * F + i_v * partial_stride.to(tl.int64)
+    dx_ptr += (base * H + i_h) * F + i_v * num_rows.to(tl.int64) * F
     i_s = i_bh.to(tl.int64) * G + i_g if CAUSAL else i_bh.to(tl.int64)
     start_kv_ptr += i_s * (PARTS * NB * BF) * V
     start_z_ptr += i_s * (PARTS * NB * BF)
@@ -897,7 +886,7 @@ def _dx_kernel(
         _store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), m_f, EVEN)
 
     if HAS_FINAL:  # noqa: SIM102  known when compiling, the inner one only when running
-        if i_g == (0 if REVERSE else G - 1):
+        if i_g == (0 if REVERSE else tl.num_programs(1) - 1):
             p_kv = final_kv_ptr + i_bh.to(tl.int64) * (NQ + F + 1) * V
             p_z = final_z_ptr + i_bh.to(tl.int64) * (NQ + F + 1)
             _store_public(p_kv, p_z, b_s0, _total(b_z0), i_0, o_v, i_v == 0, scale, F, V, BF)

@@ -18,20 +18,21 @@ from kernels.taylor_linear_attention.reference import (
 
 # B, T, H, f, V, with an initial and a final state, length of the prefix (0: none)
 CASES = [
-    (1, 1, 1, 16, 64, True, True, 0),
+    (1, 1, 3, 16, 64, True, True, 0),
     (2, 2, 3, 16, 64, False, False, 0),
     (1, 63, 3, 16, 64, False, True, 0),
-    (2, 64, 2, 16, 64, False, False, 0),
+    (2, 64, 3, 16, 64, False, False, 0),
     (1, 65, 3, 8, 64, True, True, 0),
     (1, 127, 3, 16, 20, True, False, 0),
     (1, 1000, 3, 16, 64, True, True, 0),
-    (1, 1024, 2, 16, 64, True, True, 0),
+    (1, 1024, 3, 16, 64, True, True, 0),
     (1, 200, 1, 24, 80, True, False, 0),
     (1, 130, 2, 32, 64, True, True, 0),
     (1, 127, 3, 16, 256, False, False, 0),
     (1, 100, 2, 5, 7, True, True, 0),
     (2, 100, 3, 16, 64, False, True, 77),
-    (2, 320, 2, 16, 64, True, False, 333),
+    (2, 320, 3, 16, 64, True, False, 333),
+    (1, 70, 3, 16, 64, False, False, 600),
 ]
 
 
@@ -418,6 +419,7 @@ INTERPRETED_CASES = [
     (1, 70, 1, 16, 20, True, True, 0),
     (1, 64, 1, 8, 16, False, False, 0),
     (1, 33, 2, 5, 70, True, True, 40),
+    (1, 20, 1, 5, 16, False, True, 30),
 ]
 INTERPRETED_WIDE = (1, 20, 1, 24, 16, True, True, 0)
 
@@ -512,9 +514,12 @@ def test_registration_of_the_operators():
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     ops = torch.ops.zoology
-    torch.library.opcheck(ops.taylor_linear_attention.default, (q, k, v, *state, 0.25, True), test_utils=checks)
-    torch.library.opcheck(ops.taylor_linear_attention.default, (q, k, v, None, None, 0.25, False), test_utils=checks)
-    torch.library.opcheck(ops.taylor_state.default, (*extra, mask, *state, 0.25), test_utils=checks)
+    extra = [x.requires_grad_() for x in extra]
+    nothing = (None,) * 3
+    for given in ((*nothing, *state), (*nothing, None, None), (*extra, mask, *state), (*extra, None, None, None)):
+        for final in (True, False):
+            arguments = (q, k, v, *given, 0.25, final)
+            torch.library.opcheck(ops.taylor_linear_attention.default, arguments, test_utils=checks)
     step = (q[:, 0].detach(), k[:, 0].detach(), v[:, 0].detach(), *state, 0.25)
     torch.library.opcheck(ops.taylor_linear_attention_step.default, step, test_utils=checks)
 
