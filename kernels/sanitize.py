@@ -1,0 +1,141 @@
+"""Launch every Triton kernel at sizes of a few chunks: a program for compute-sanitizer, which slows kernels a lot.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --kernel-name kernel_substring=_kernel \\
+        python -m kernels.sanitize [OP ...]
+
+and the same with `--tool racecheck`. Ragged lengths and widths reach the masks, even ones the kernels without. Values
+are not compared, the tests do that; a result that is not finite ends the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from kernels import (
+    cached_attention,
+    convolution_step,
+    linear_cross_entropy,
+    prefix_linear_attention,
+    short_convolution,
+    taylor_linear_attention,
+    taylor_linear_attention_step,
+)
+from kernels.taylor_linear_attention import TaylorState, num_taylor_features
+
+Draw = Callable[..., Tensor]
+WITH_GRADIENT = {"requires_grad": True}
+
+
+def differentiate(*outputs: Tensor, inputs: list[Tensor]) -> Iterator[Tensor]:
+    """The outputs, then the gradients of all inputs."""
+    yield from outputs
+    yield from torch.autograd.grad(sum(x.float().sum() for x in outputs), inputs)
+
+
+def taylor(draw: Draw) -> Iterator[Tensor]:
+    """Ragged, with states at both ends; even, in groups of chunks; wide features and several tiles of values."""
+    for length, f, v_dim, resumed in ((130, 16, 64, True), (512, 16, 64, False), (70, 24, 80, False)):
+        q, k, v = (draw(1, length, 3, n, **WITH_GRADIENT) for n in (f, f, v_dim))
+        state = TaylorState.zeros(1, 3, f, v_dim, device=q.device) if resumed else None
+        o, end = taylor_linear_attention(q, k, v, initial_state=state, output_final_state=resumed, backend="triton")
+        yield from differentiate(o, *(end or ()), inputs=[q, k, v])
+
+
+def prefix(draw: Draw) -> Iterator[Tensor]:
+    """A prefix of one group, which is a state at once, and one of several with a mask."""
+    for length, m, masked in ((70, 64, False), (70, 600, True)):
+        given = [
+            draw(1, n, 3, width, **WITH_GRADIENT) for n, width in ((length, 16),) * 2 + ((length, 64), (m, 16), (m, 64))
+        ]
+        mask = torch.arange(m, device=given[0].device).expand(1, m) % 5 > 0 if masked else None
+        o, _ = prefix_linear_attention(*given, prefix_mask=mask, backend="triton")
+        yield from differentiate(o, inputs=given)
+
+
+def taylor_step(draw: Draw) -> Iterator[Tensor]:
+    """Into a state of its own, and over the old one."""
+    for dtype, v_dim in ((torch.float32, 64), (torch.bfloat16, 20)):
+        q, k, v = (draw(2, 3, n) for n in (16, 16, v_dim))
+        kv, key_sum = draw(2, 3, num_taylor_features(16), v_dim), draw(2, 3, num_taylor_features(16)).abs() + 10
+        state = TaylorState(kv.to(dtype), key_sum.to(dtype))
+        for inplace in (False, True):
+            o, new = taylor_linear_attention_step(q, k, v, state, backend="triton", inplace=inplace)
+            yield from (o, *new)
+
+
+def convolution(draw: Draw) -> Iterator[Tensor]:
+    for length, d, taps in ((130, 70, 3), (128, 64, 4)):
+        given = [draw(2, length, d, **WITH_GRADIENT), draw(d, taps, **WITH_GRADIENT), draw(d, **WITH_GRADIENT)]
+        yield from differentiate(short_convolution(*given, backend="triton"), inputs=given)
+
+
+def one_convolution_step(draw: Draw) -> Iterator[Tensor]:
+    for d, activation in ((70, "silu"), (64, None)):
+        tail = draw(3, 3, d)
+        y, tail = convolution_step(
+            draw(3, d), tail, draw(d, 4), draw(d), activation=activation, gate=draw(3, d), backend="triton"
+        )
+        yield from (y, tail)
+
+
+def attention(draw: Draw) -> Iterator[Tensor]:
+    """A cache read by one program a head, and one cut in parts that are joined."""
+    for slots, used, width in ((50, 7, 40), (700, 650, 64)):
+        q, keys, values = draw(2, 3, width), draw(2, slots, 3, width), draw(2, slots, 3, width)
+        yield cached_attention(q, keys, values, torch.tensor(used, device=q.device), backend="triton")
+
+
+def cross_entropy(draw: Draw) -> Iterator[Tensor]:
+    """Without logits in memory, and with the logits of a few rows."""
+    for backend in ("triton", "chunked"):
+        hidden, weight = draw(150, 40, **WITH_GRADIENT), draw(300, 40, **WITH_GRADIENT)
+        targets = torch.arange(150, device=hidden.device) % 300
+        targets[::7] = -100
+        yield from differentiate(
+            linear_cross_entropy(hidden, weight, targets, backend=backend), inputs=[hidden, weight]
+        )
+
+
+OPS: dict[str, Callable[[Draw], Iterator[Tensor]]] = {
+    "taylor_linear_attention": taylor,
+    "prefix_linear_attention": prefix,
+    "taylor_linear_attention_step": taylor_step,
+    "short_convolution": convolution,
+    "convolution_step": one_convolution_step,
+    "cached_attention": attention,
+    "linear_cross_entropy": cross_entropy,
+}
+
+
+def run(op: str, device: str, dtype: torch.dtype) -> None:
+    """Launch the kernels of one operation; RuntimeError for a result that is not finite."""
+    gen = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, requires_grad: bool = False) -> Tensor:
+        return torch.randn(*shape, generator=gen).to(device, dtype).requires_grad_(requires_grad)
+
+    for i, x in enumerate(OPS[op](draw)):
+        if not x.isfinite().all():
+            raise RuntimeError(f"result {i} of {op} in {dtype} is not finite")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels.sanitize", description=__doc__.split("\n")[0])
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(OPS)}; all without one")
+    args = parser.parse_args(argv)
+    if unknown := [op for op in args.ops if op not in OPS]:
+        parser.error(f"unknown operation {unknown[0]!r}; allowed: {', '.join(OPS)}")
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    for op in args.ops or OPS:
+        run(op, "cuda", torch.bfloat16)
+        torch.cuda.synchronize()
+        print(op, flush=True)
+
+
+if __name__ == "__main__":
+    main()
