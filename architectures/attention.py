@@ -100,7 +100,15 @@ class SelfAttention(SequenceMixer):
 
     backends = ("flash-attn", "sdpa", "reference")
 
-    def __init__(self, d_model: int, *, num_heads: int, rotary_fraction: float, bias: bool, backend: str):
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int = 1,
+        rotary_fraction: float = 0.0,
+        bias: bool = True,
+        backend: str = "auto",
+    ):
         super().__init__(d_model, backend=backend)
         self.num_heads = num_heads
         self.head_dim = divide_heads(d_model, num_heads)
@@ -186,17 +194,6 @@ class Attention(SelfAttention):
     `rotary_fraction` of each head, off by default as in the MQAR protocols. The state is the KV cache, 2 T D
     elements at length T.
     """
-
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        num_heads: int = 1,
-        rotary_fraction: float = 0.0,
-        bias: bool = True,
-        backend: str = "auto",
-    ):
-        super().__init__(d_model, num_heads=num_heads, rotary_fraction=rotary_fraction, bias=bias, backend=backend)
 
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]

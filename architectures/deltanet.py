@@ -45,15 +45,15 @@ class DeltaMixer(SequenceMixer):
         self,
         d_model: int,
         *,
-        num_heads: int | None,
-        head_dim: int | None,
-        expand_v: float,
-        use_gate: bool,
-        use_short_conv: bool,
-        conv_size: int,
-        allow_neg_eigval: bool,
-        norm_eps: float,
-        backend: str,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        expand_v: float = 1.0,
+        use_gate: bool = False,
+        use_short_conv: bool = True,
+        conv_size: int = 4,
+        allow_neg_eigval: bool = False,
+        norm_eps: float = 1e-5,
+        backend: str = "auto",
     ):
         super().__init__(d_model, backend=backend)
         require_at_least(1, num_heads=num_heads, head_dim=head_dim, conv_size=conv_size)
@@ -151,33 +151,6 @@ class DeltaNet(DeltaMixer):
 
     State = DeltaNetState
     fla_operation = "delta_rule"
-
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        num_heads: int | None = None,
-        head_dim: int | None = None,
-        expand_v: float = 1.0,
-        use_gate: bool = False,
-        use_short_conv: bool = True,
-        conv_size: int = 4,
-        allow_neg_eigval: bool = False,
-        norm_eps: float = 1e-5,
-        backend: str = "auto",
-    ):
-        super().__init__(
-            d_model,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            expand_v=expand_v,
-            use_gate=use_gate,
-            use_short_conv=use_short_conv,
-            conv_size=conv_size,
-            allow_neg_eigval=allow_neg_eigval,
-            norm_eps=norm_eps,
-            backend=backend,
-        )
 
     def _decay(self, x: Tensor) -> None:
         return None

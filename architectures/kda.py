@@ -50,7 +50,6 @@ class KimiDeltaAttention(DeltaMixer):
             num_heads=num_heads,
             head_dim=head_dim,
             expand_v=expand_v,
-            use_gate=False,
             use_short_conv=use_short_conv,
             conv_size=conv_size,
             allow_neg_eigval=allow_neg_eigval,
