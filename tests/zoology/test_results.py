@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import pytest
 from scipy import stats
 
 from zoology import results
-from zoology.config import SCHEMA_VERSION
+from zoology.config import SCHEMA_VERSION, RunConfig
 from zoology.runner.store import ResultsError
 
 
@@ -213,3 +214,17 @@ def test_the_slice_table_has_a_row_for_each_point(results_directory):
             assert row[name] == expected["accuracy"].item()
         assert row["mean"] == pytest.approx((row["short"] + row["long"]) / 2)
         assert row["num_seeds"] == 2
+
+
+COMMITTED = sorted((Path(__file__).parents[2] / "experiments" / "results").glob("*/*/result.json"))
+
+
+@pytest.mark.parametrize("directory", sorted({path.parents[1] for path in COMMITTED}), ids=lambda path: path.name)
+def test_committed_records_still_have_the_identity_of_their_runs(directory):
+    """Else a sweep that goes on from them would do them again."""
+    records = results.load_records(directory)
+    assert len(records) == sum(path.parents[1] == directory for path in COMMITTED)
+    for record in records:
+        config = RunConfig(**record["config"])
+        assert (config.run_id, config.point_id) == (record["run_id"], record["point_id"])
+        assert config.model_dump(mode="json") == record["config"]
