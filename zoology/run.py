@@ -113,6 +113,8 @@ def sweep(options: dict[str, Any]) -> int:
         limits = {
             key: plan.parse_duration(options[key], f"--{key.replace('_', '-')}") for key in ("time_limit", "timeout")
         }
+        if options["address"] is not None and options["engine"] != "ray":
+            raise PlanError(f"--address {options['address']}: is that of a Ray cluster, and needs --engine ray")
         if options["retries"] < 0:
             raise PlanError(f"--retries {options['retries']}: must be 0 or more")
         setups = worker_setups(options, devices, directory)

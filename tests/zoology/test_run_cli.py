@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from zoology import __main__, run
 from zoology.config import SCHEMA_VERSION
+from zoology.loops import Execution
 from zoology.runner import plan, progress
 from zoology.runner.driver import Exit, Progress, run_sweep
 from zoology.runner.worker import Failure
@@ -230,6 +231,7 @@ def test_a_time_limit_has_its_own_exit_code_and_says_how_to_go_on(command, monke
         (["--jobs", "0"], "--jobs 0: must be at least 1"),
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
         (["--retries", "-1"], "--retries -1: must be 0 or more"),
+        (["--address", "there:6379"], "--address there:6379: is that of a Ray cluster, and needs --engine ray"),
         (["--time-limit", "soon"], "--time-limit 'soon': must be a positive time"),
         (["--timeout", "-1"], "--timeout '-1': must be a positive time"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has auto, cpu"),
@@ -329,16 +331,17 @@ def test_without_a_terminal_lines_are_plain():
     assert type(progress.make_view(Console(file=io.StringIO()))) is progress.PlainView
 
 
-def test_a_line_tells_the_time_to_compile_apart(make_run, make_record):
+def test_a_line_tells_the_time_to_compile_and_why_nothing_faster_ran(make_run, make_record):
     (run,) = plan.make_plan([make_run()], "cpu")
     view = progress.PlainView(Console(file=io.StringIO()))
-    view.begin(Progress(2, 1, 0, deque(), {}, plan.Estimate(), 1))
-    for built in (24.3, 0.0):
-        record = make_record(run.config, 0.5, seconds=61.0) | {"execution": {"build_seconds": built}}
-        view.finished(run, record, "")
-    lines = view.console.file.getvalue().splitlines()
-    assert lines[0].endswith("validation 0.500, 1 epochs, 1 min 01 s, 24 s of them to compile")
-    assert lines[1].endswith("validation 0.500, 1 epochs, 1 min 01 s")
+    view.begin(Progress(3, 1, 0, deque(), {}, plan.Estimate(), 1))
+    why = "compiled graph: RuntimeError: cannot be captured"
+    for execution in ({"build_seconds": 24.3}, {}, {"mode": "graph", "reason": why}):
+        record = make_record(run.config, 0.5, seconds=61.0)
+        view.finished(run, record | {"execution": Execution(**execution)._asdict()}, "")
+    said, compiled = "validation 0.500, 1 epochs, 1 min 01 s", ", 24 s of them to compile"
+    endings = [line.partition(": ")[2] for line in view.console.file.getvalue().splitlines()]
+    assert endings == [said + compiled, said, f"{said}; ran graph because of {why}"]
 
 
 @pytest.mark.parametrize(

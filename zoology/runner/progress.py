@@ -54,9 +54,11 @@ class PlainView:
         else:
             accuracies = [part["validation"]["accuracy"] for part in record["slices"]]
             mean = sum(accuracies) / len(accuracies)
-            built = record["execution"]["build_seconds"]
-            building = f", {duration(built)} of them to compile" if built >= 1 else ""
-            said = f"validation {mean:.3f}, {record['epochs']} epochs, {duration(record['wall_seconds'])}{building}"
+            how = record["execution"]
+            built = how["build_seconds"]
+            said = f"validation {mean:.3f}, {record['epochs']} epochs, {duration(record['wall_seconds'])}"
+            said += f", {duration(built)} of them to compile" if built >= 1 else ""
+            said += f"; ran {how['mode']} because of {how['reason']}" if how["reason"] else ""
         width = len(str(progress.total))
         left = f"; {duration(progress.seconds_left())} left" if progress.pending or progress.active else ""
         self._print(f"[{progress.done:{width}}/{progress.total}] {run.label}: {said}{left}")
