@@ -1,6 +1,6 @@
 """How a sweep scales over the GPUs of a machine: the same work for each, first on one of them, then on all.
 
-    python experiments/benchmark_scaling.py [--jobs N] [--epochs N] [--precision bf16] [--json FILE]
+    python experiments/benchmark_scaling.py [--jobs N] [--epochs N] [--precision bf16] [--compiled] [--json FILE]
 
 The work of a GPU: attention and Based, d_model 128, on the data of Based, Fig. 2, with a seed of the GPU's own, at
 four learning rates. Every run has all its epochs. Compiled code is made beforehand and taken from the disk; starting
@@ -83,6 +83,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=8, help="epochs of every run (default: 8)")
     parser.add_argument("--precision", default="bf16", help="fp32, tf32 or bf16 (default: bf16)")
+    parser.add_argument("--compiled", action="store_true", help="all code is on the disk already, do not make it first")
     parser.add_argument("--json", type=Path, help="write the record to this file")
     options = parser.parse_args()
     devices = plan.resolve_devices(options.device)
@@ -107,7 +108,8 @@ def main() -> None:
             options.json.write_text(json.dumps(result, indent=1) + "\n")
         return found
 
-    keep("compiling", [len(devices)], 1, devices[:1])
+    if not options.compiled:
+        keep("compiling", [len(devices)], 1, devices[:1])
     one = keep("one", [0], options.epochs, devices[:1])
     several = keep("all", list(range(len(devices))), options.epochs, devices)
     result["ratio"] = several["runs_per_second"] / one["runs_per_second"]
