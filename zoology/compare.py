@@ -339,6 +339,7 @@ def notes(comparison: Comparison) -> list[str]:
     )
     near = [f"{(points['difference'].abs() <= limit + 1e-9).sum()} within {limit}" for limit in NEAR]
     lines.append(f"of the published accuracy: {', '.join(near)}")
+    lines += _spread_lines(points)
     lines += [f"differs from the protocol in {text}" for text in comparison.departures]
     for memory in _memories(comparison):
         summary, *pairs = order_lines(points, memory)
@@ -351,6 +352,15 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append("not published: " + "; ".join(comparison.unpublished))
     if comparison.left_out:
         lines.append(f"left out: {comparison.left_out} runs that were tested on other examples")
+    return lines
+
+
+def _spread_lines(points: pd.DataFrame) -> list[str]:
+    """What is known of the spread of the architectures that were run, and from where."""
+    lines = []
+    for (low, high, source), group in points.groupby(["spread_low", "spread_high", "spread_source"], sort=False):
+        size = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        lines.append(f"known spread of {', '.join(dict.fromkeys(group['architecture']))}: {size} ({source})")
     return lines
 
 

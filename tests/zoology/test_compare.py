@@ -250,6 +250,8 @@ def test_the_command_prints_a_table(records, write_records, capsys):
     assert "~0.700" in printed
     assert "6 of 50 published points run: 1 within, 2 unclear, 3 outside the known spread" in printed
     assert "of the published accuracy: 1 within 0.03, 3 within 0.1" in printed
+    assert "known spread of based: 0.02 (the same nominal point in two releases of the authors)" in printed
+    assert "known spread of mamba, deltanet: 0.02 to 0.1 (not known for these" in printed
     assert "at 32,768 bytes based is 0.150 below deltanet, published 0.047 above, which may be within the spread" in (
         printed
     )
