@@ -26,6 +26,7 @@ class BaseConv(SequenceMixer):
     With `expand`, the form of Based's language models (HazyResearch/based, 32c1bd4): the input is projected to
     expand x D channels; half of them are convolved, pass a SiLU and are gated by the other half; a projection leads
     back, y = W_o (silu(conv(u)) * g), (u, g) = W_i x. Then the convolution remembers inputs of width expand x D / 2.
+    Both forms are checked against PyTorch's `nn.Conv1d`, weights copied over.
     """
 
     def __init__(

@@ -22,8 +22,9 @@ class Based(SequenceMixer):
     Based (arXiv:2402.18668), section 4, with s = q.k / sqrt(feature_dim) the exponent of softmax attention.
     The paper's models alternate it with short convolutions or sliding windows: write those as layers,
     e.g. `[base_conv, based]` or `[sliding_window, based]`. The state is the packed symmetric one of
-    `kernels.taylor_linear_attention`, (1 + f + f (f + 1) / 2) (V + 1) elements per head, kept in float32 unless told
-    otherwise. The queries and keys are projected without bias, as in the paper's code.
+    `kernels.taylor_linear_attention`, (1 + f + f (f + 1) / 2) (V + 1) elements per head, as published; it is kept in
+    float32 unless told otherwise. The queries and keys are projected without bias, as in the paper's code. Checked
+    against fla's `naive_parallel_based`.
     """
 
     backends = ("triton", "reference")

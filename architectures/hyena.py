@@ -71,7 +71,7 @@ class Hyena(SequenceMixer):
 
     The state is the honest one of a long convolution: its whole input history, (order - 1) T D elements at length T
     as published, and the tail of the short convolution, (short_filter - 1)(order + 1) D, which the published count
-    leaves out.
+    leaves out. Checked against the operator of the official code, written out with direct convolutions.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ class InputDependentSparseAttention(Attention):
     it is added to the loss where the output is differentiated. The code adds x to the output; here the model does.
 
     The state is the whole KV cache, 2 T D elements at length T: selection saves reads, not memory. `selected(x)` tells
-    which tokens read it.
+    which tokens read it. Checked against `attention`, selected and scaled by hand.
     """
 
     def __init__(

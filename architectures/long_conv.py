@@ -61,6 +61,7 @@ class LongConv(SequenceMixer):
 
     The state is what the filter reaches: the whole history of an implicit one, T D elements at length T as published;
     the last filter_len - 1 inputs of an explicit one. A recurrence that would replace it is not known in general.
+    Checked against the operator of the official code, written out token by token.
     """
 
     def __init__(

@@ -136,7 +136,7 @@ def options(name: str) -> dict[str, Option]:
 
 
 class Description(NamedTuple):
-    """What `describe` tells: see there."""
+    """What `describe` tells: see there. As text it is a few lines to read."""
 
     name: str
     paper: str
@@ -144,6 +144,22 @@ class Description(NamedTuple):
     options: dict[str, Option]
     state: dict[str, int]
     backends: tuple[str, ...]
+    d_model: int
+    seq_len: int
+
+    def __str__(self) -> str:
+        said = (
+            f"{key}: {o.type_name}" + ("" if o.default is ... else f" = {o.default!r}")
+            for key, o in self.options.items()
+        )
+        fields = " + ".join(f"{field} {number:,}" for field, number in self.state.items() if number)
+        lines = {
+            f"{self.name} ({self.paper})": self.summary,
+            "options": ", ".join(said),
+            f"state at d_model {self.d_model}, length {self.seq_len:,}": f"{sum(self.state.values()):,} = {fields}",
+            "backends, fastest first": ", ".join(self.backends),
+        }
+        return "\n".join(f"{title}: {text}" for title, text in lines.items())
 
 
 def describe(name: str, *, d_model: int = 64, seq_len: int = 1024) -> Description:
@@ -151,7 +167,8 @@ def describe(name: str, *, d_model: int = 64, seq_len: int = 1024) -> Descriptio
     entry = get(name)
     summary = (inspect.getdoc(entry.cls) or "").split("\n\n")[0].replace("\n", " ")
     mixer = create(name, d_model=d_model)
-    return Description(name, entry.paper, summary, options(name), mixer.state_fields(seq_len), mixer.backends)
+    state = mixer.state_fields(seq_len)
+    return Description(name, entry.paper, summary, options(name), state, mixer.backends, d_model, seq_len)
 
 
 def load_file(path: str | Path) -> list[str]:

@@ -26,7 +26,8 @@ class SlidingWindow(SelfAttention):
     """Causal softmax attention over the last `window` tokens, the current one included.
 
     Longformer (arXiv:2004.05150), the baseline of Based (arXiv:2402.18668). The state is a ring buffer of
-    min(window, max_seq_len) keys and values: 2 window D elements. With flash-attn the ring buffer is read by sdpa.
+    min(window, max_seq_len) keys and values: 2 window D elements, as published. With flash-attn the ring buffer is read
+    by sdpa. Checked against PyTorch's `nn.MultiheadAttention` with a mask, weights copied over.
     """
 
     def __init__(

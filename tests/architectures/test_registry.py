@@ -181,6 +181,14 @@ def test_description():
     assert told.state == {"window_k": 64 * 16, "window_v": 64 * 16, "position": 0}
     assert told.backends == ("flash-attn", "sdpa", "reference")
     assert told.summary == "Causal softmax attention over the last `window` tokens, the current one included."
+    assert str(told) == (
+        "sliding_window (arXiv:2004.05150): Causal softmax attention over the last `window` tokens, the current one "
+        "included.\n"
+        "options: d_model: int, window: int = 64, num_heads: int = 1, rotary_fraction: float = 0.0, bias: bool = True, "
+        "backend: str = 'auto'\n"
+        "state at d_model 16, length 100: 2,048 = window_k 1,024 + window_v 1,024\n"
+        "backends, fastest first: flash-attn, sdpa, reference"
+    )
 
 
 # -- a user's own file -------------------------------------------------------------------------------------------
