@@ -67,7 +67,11 @@ def laptop() -> list[RunConfig]:
 
 
 def paper() -> list[RunConfig]:
-    """The grid of Based, Fig. 2, with the later architectures of its authors' repository, and RetNet."""
+    """The grid of Based, Fig. 2, with the later architectures of its authors' repository, and RetNet.
+
+    Left out, as the papers have no grid of them here: rwkv4, rwkv6, kda, long_conv, linear_attention with its feature
+    maps, input_dependent_sparse_attention and prefix_linear_attention. To add one, add a line to `paper_models`.
+    """
     size = 8192
     train = [(64, 4, 100_000), (128, 8, 20_000), (256, 16, 20_000), (256, 32, 20_000), (256, 64, 20_000)]
     test = [(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)]
