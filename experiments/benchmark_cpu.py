@@ -1,11 +1,11 @@
-"""What the suite costs on a CPU: generating all data of the Based protocol, and one training step.
+"""What the suite costs on a CPU: all data of the Based protocol, one training step, and every architecture.
 
     python experiments/benchmark_cpu.py [--threads N] [--repeats N] [--json FILE]
 
 Data: 180,000 training and 7,000 test examples; the published generator takes 45 s and 6 GB on one core, the target is
 2 s and 1.5 GB on two. Step: attention, d_model 128, T 64, batch 32, V 8192; the head at labelled positions only
 against the head at every position with an attention mask made in Python at each call, as the published code has it.
-The target is a factor of 3.
+The target is a factor of 3. Architectures: forward and backward of one mixer on (32, 256, 64) in float32, target 0.5 s.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import architectures
 from zoology.config import ModelConfig, layer
 from zoology.data import gather_labels
 from zoology.model import LanguageModel
@@ -78,6 +79,21 @@ def training_step_milliseconds(repeats: int = 15) -> dict[str, float]:
     return {head: float(np.median(values[2:])) for head, values in times.items()}
 
 
+def mixer_seconds(repeats: int = 5) -> dict[str, float]:
+    """Median time of forward and backward of every architecture, x [32, 256, 64], reference backend, defaults."""
+    medians = {}
+    for name in architectures.names():
+        torch.manual_seed(0)
+        mixer, x = architectures.create(name, d_model=64, backend="reference"), torch.randn(32, 256, 64)
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            mixer(x).square().sum().backward()
+            times.append(time.perf_counter() - start)
+        medians[name] = float(np.median(times[1:]))
+    return medians
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="threads (default: 2)")
@@ -101,6 +117,7 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__},
         "datasets": runs[-1]["datasets"],
         "step_milliseconds": training_step_milliseconds(),
+        "mixer_seconds": mixer_seconds(),
     }
     for row in result["datasets"]:
         print(
@@ -111,6 +128,8 @@ def main() -> None:
     print(f"in all {times} s over {options.repeats} repeats; peak memory {result['peak_gigabytes']:.2f} GB")
     labelled, everywhere = result["step_milliseconds"].values()
     print(f"training step: {labelled:.1f} ms, head everywhere {everywhere:.1f} ms: {everywhere / labelled:.1f} times")
+    for name, seconds in sorted(result["mixer_seconds"].items(), key=lambda item: item[1]):
+        print(f"{name:<34} {seconds:6.3f} s")
     if options.json:
         with open(options.json, "w") as file:
             json.dump(result, file, indent=1)
