@@ -12,6 +12,7 @@ On a CPU, or with `captured=False`, the same step runs without recording.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 import torch._inductor.config
 from torch import Tensor
 
@@ -154,14 +156,17 @@ class StaticLoop:
     Raises ValueError for what it cannot run, and whatever compiling or recording raises.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, splits: Splits, *, compiled: bool, captured: bool):
+    def __init__(
+        self, config: RunConfig, device: torch.device, splits: Splits, *, compiled: bool | str, captured: bool
+    ):
         started = time.perf_counter()
         self.config, self.device, self.splits = config, device, splits
         self.compiled, self.captured = compiled, captured
         self.precision = config.train.precision
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             self.model = LanguageModel(config.model).to(device)
-            self._build()
+            with _many_variants() if compiled == PIECES else contextlib.nullcontext():
+                self._build()
         mode = next(name for name, flags in MODES.items() if flags == (compiled, captured))
         hidden = torch.empty(1, config.model.d_model, device=device, dtype=self.compute_dtype)
         with computing_in(self.precision, device):
@@ -255,7 +260,7 @@ class StaticLoop:
         if not self.compiled:
             return loss_of_batch
         if key not in self._compiled:
-            self._compiled[key] = compile_apart(loss_of_batch, COMPILE_OPTIONS)
+            self._compiled[key] = compile_apart(loss_of_batch, COMPILE_OPTIONS, whole=self.compiled != PIECES)
         if len(self._label_counts[key]) > 1:
             for column in (resident.positions, resident.targets):
                 torch._dynamo.maybe_mark_dynamic(column, 1)
@@ -417,12 +422,18 @@ FINISH_OPTIONS: dict[str, Any] = {"force_pointwise_cat": True}
 
 
 def compile_apart(
-    function: Callable, options: dict[str, Any] | None = None, backend: str = "inductor", *, dynamic: bool = False
+    function: Callable,
+    options: dict[str, Any] | None = None,
+    backend: str = "inductor",
+    *,
+    dynamic: bool = False,
+    whole: bool = True,
 ) -> Callable:
     """`torch.compile` of a function with a code object of its own; `dynamic`: once for all sizes.
 
     PyTorch keeps compiled variants by code object and gives up on one that has many: here each model and shape is
-    one, and what was compiled is freed with the function.
+    one, and what was compiled is freed with the function. If it need not be compiled `whole`, the calls that the
+    compiler refuses run as they are, between pieces of compiled code.
     """
     _keep_compiled_code()
     apart = types.FunctionType(
@@ -436,7 +447,7 @@ def compile_apart(
     if backend == "inductor":
         known = torch._inductor.config.get_config_copy()
         options = {name: value for name, value in (options or {}).items() if name in known}
-    return torch.compile(apart, fullgraph=True, dynamic=dynamic, backend=backend, options=options or None)
+    return torch.compile(apart, fullgraph=whole, dynamic=dynamic, backend=backend, options=options or None)
 
 
 def _warm_compilers() -> None:
@@ -449,16 +460,29 @@ def _warm_compilers() -> None:
         start()
 
 
+def _many_variants():
+    """Functions within a model have no code objects of their own: let the compiler keep a variant for each use."""
+    return torch._dynamo.config.patch(
+        recompile_limit=VARIANTS_OF_PIECES, accumulated_recompile_limit=4 * VARIANTS_OF_PIECES
+    )
+
+
 def _keep_compiled_code() -> None:
     """Let compiled code outlive the machine's next start: in the user's cache folder, unless told otherwise."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(home) / "zoology" / "inductor"))
 
 
-# Whether it is compiled, and whether it is recorded.
-MODES = {
+PIECES = "pieces"
+VARIANTS_OF_PIECES = 1 << 10
+"""How often the compiler may compile one function of a model that it compiles in pieces: per layer, shape and model."""
+
+# Whether it is compiled, if only in pieces, and whether it is recorded.
+MODES: dict[str, tuple[bool | str, bool]] = {
     "compiled graph": (True, True),
+    "pieces graph": (PIECES, True),
     "graph": (False, True),
+    "pieces": (PIECES, False),
     "compiled": (True, False),
     "static": (False, False),
 }
@@ -471,7 +495,8 @@ def fetch_loop(
     """A static loop for this run, and why it is not faster, or none; kept for the runs that follow.
 
     `mode` is one of `MODES`, which is built or raises, or "auto": the fastest that can be built, each failure being
-    logged. Out of memory is always raised, after giving up the loops that are kept.
+    logged; in pieces only what the compiler refuses as a whole. Out of memory is always raised, after giving up the
+    loops that are kept.
     """
     key = "\n".join(
         (
@@ -489,12 +514,14 @@ def fetch_loop(
     while len(_loops) >= KEPT_LOOPS:
         _loops.popitem(last=False)
     gc.collect()  # a loop and its steps refer to each other
-    wanted = ["compiled graph", "graph"] if mode == "auto" else [mode]
+    wanted = ["compiled graph", "pieces graph", "graph"] if mode == "auto" else [mode]
     if device.type == "cuda" and MODES[wanted[0]][0]:
         _warm_compilers()
-    reasons = []
+    reasons, in_pieces = [], mode != "auto"
     for name in wanted:
         compiled, captured = MODES[name]
+        if compiled == PIECES and not in_pieces:
+            continue
         try:
             loop = StaticLoop(config, device, splits(), compiled=compiled, captured=captured)
         except torch.OutOfMemoryError:
@@ -503,6 +530,8 @@ def fetch_loop(
         except Exception as error:
             if mode != "auto":
                 raise
+            # Where the compiler refuses a call, it may take what is around it.
+            in_pieces = isinstance(error, torch._dynamo.exc.Unsupported)
             first_line = str(error).strip().partition("\n")[0]
             reasons.append(f"{name}: {type(error).__name__}: {first_line}")
             log.warning("%s cannot run as a %s, trying without: %s", config.architecture, name, first_line)

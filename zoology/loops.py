@@ -33,7 +33,7 @@ class TrainingDiverged(RuntimeError):
 class Execution(NamedTuple):
     """How the steps of a run were executed, and what was given up for what reason."""
 
-    mode: Literal["eager", "static", "compiled", "graph", "compiled graph"] = "eager"
+    mode: Literal["eager", "static", "compiled", "pieces", "graph", "pieces graph", "compiled graph"] = "eager"
     loss: str = "reference"  # backend of the linear cross-entropy
     reason: str = ""  # why nothing faster ran, where something faster was tried
     build_seconds: float = 0.0  # tracing, compiling, recording; 0 for what was built by an earlier run

@@ -34,7 +34,7 @@ log = logging.getLogger("zoology")
 
 _MASK_STREAM = 1 << 32  # added to a run's seed: masks are drawn apart from the order of the batches
 
-Mode = Literal["auto", "eager", "static", "compiled", "graph", "compiled graph"]
+Mode = Literal["auto", "eager", "static", "compiled", "pieces", "graph", "pieces graph", "compiled graph"]
 
 
 class Epoch(NamedTuple):
@@ -88,7 +88,7 @@ def train(
             behind at the end: whoever keeps the outcome deletes it then.
         mode: "eager" runs operation by operation, "graph" and "compiled graph" replay CUDA graphs of one training
             step and one evaluation batch for each shape (see `zoology.graphs`), "static" and "compiled" are those
-            steps without a graph.
+            steps without a graph. "pieces" are compiled but for the calls that the compiler refuses.
             "auto" is eager on a CPU and the fastest that works on a GPU; `Outcome.execution` says which it was.
 
     Raises:

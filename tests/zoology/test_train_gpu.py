@@ -173,7 +173,7 @@ def test_slices_that_differ_in_their_labels_only_share_compiled_code(monkeypatch
 
     compiled = []
 
-    def compile_eagerly(function, options):
+    def compile_eagerly(function, options, whole=True):
         compiled.append(function.__name__)
         return compile_apart(function, backend="aot_eager")
 
@@ -229,6 +229,66 @@ def test_what_cannot_run_as_a_graph_runs_without_and_says_why(caplog):
     assert loop is None
     assert [clause.partition(":")[0] for clause in reason.split("; ")] == ["compiled graph", "graph"]
     assert [record.args[:2] for record in caplog.records] == [("attention", "compiled graph"), ("attention", "graph")]
+
+
+@pytest.fixture
+def refused_by_the_compiler(monkeypatch):
+    """Attention's product is a call that cannot be compiled; the rest compiles without a compiler for CPUs."""
+    product = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", torch.compiler.disable(lambda *a, **k: product(*a, **k))
+    )
+
+    def compile_eagerly(function, options, whole=True):
+        return compile_apart(function, backend="aot_eager", whole=whole)
+
+    monkeypatch.setattr(graphs, "compile_apart", compile_eagerly)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_around_what_the_compiler_refuses_the_rest_is_compiled(refused_by_the_compiler):
+    config = small_run(("base_conv", "attention"))
+    config = config.model_copy(update={"model": config.model.model_copy(update={"embed_dropout": 0.0})})
+    plain = train(config, mode="static")
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        train(config, mode="compiled")
+    torch._dynamo.utils.counters.clear()
+    outcome = train(config, mode="pieces")
+    assert outcome.execution.mode == "pieces"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 2
+    assert [e.loss for e in outcome.epochs] == pytest.approx([e.loss for e in plain.epochs], rel=1e-5)
+
+
+def test_pieces_are_tried_only_where_the_compiler_refused_the_whole(monkeypatch):
+    tried = []
+
+    def loop(error, succeeds):
+        class Loop:
+            execution = graphs.Execution()
+
+            def __init__(self, *_, compiled, captured):
+                tried.append((compiled, captured))
+                if (compiled, captured) != succeeds:
+                    raise error
+
+        return Loop
+
+    refused = torch._dynamo.exc.Unsupported("a disabled function\nand more")
+    for error, succeeds, wanted in (
+        (refused, (graphs.PIECES, True), [(True, True), (graphs.PIECES, True)]),
+        (refused, (False, True), [(True, True), (graphs.PIECES, True), (False, True)]),
+        (RuntimeError("no compiler"), (False, True), [(True, True), (False, True)]),
+    ):
+        tried.clear()
+        forget_loops()
+        monkeypatch.setattr(graphs, "StaticLoop", loop(error, succeeds))
+        found, reason = fetch_loop(small_run(), torch.device("cpu"), dict, "auto")
+        assert tried == wanted
+        assert found.execution.reason == reason
+        assert reason.count(type(error).__name__) == len(wanted) - 1
+    forget_loops()
 
 
 def masked_run(task):
