@@ -237,13 +237,13 @@ def test_the_section_is_written_once_and_then_replaced(root):
 
 
 def test_the_section_says_how_far_it_is_and_takes_over_what_was_written(root, made_up):
-    readme, folder = root / "README.md", root / results_page.FIGURES[0].directory
-    results_page.main([str(readme)])
-    runs = len(made_up["mqar_sweep.py"])
-    assert f"**12 of 50 published points have been run so far**, in {runs} runs." in readme.read_text()
-    (folder / results_page.NOTES).write_text("Why they differ.\n")
-    results_page.main([str(readme)])
-    assert readme.read_text().endswith("\n\nWhy they differ.\n\n<!-- end results -->\n\n## Layout\n\nmore\n")
+    bare, runs = (root / "README.md").read_text(), len(made_up["mqar_sweep.py"])
+    section = results_page.replace_section(bare, root)
+    assert f"**12 of 50 published points have been run so far**, in {runs} runs." in section
+    (root / results_page.FIGURES[0].directory / results_page.NOTES).write_text("Why they differ.\n")
+    assert results_page.replace_section(section, root).endswith(
+        "\n\nWhy they differ.\n\n<!-- end results -->\n\n## Layout\n\nmore\n"
+    )
 
 
 def test_several_lengths_are_folded(zoology):
