@@ -5,12 +5,13 @@
     python -m zoology.throughput --kernels 32768 --out FILE.json                # one layer, as in the table of JRT
     python -m zoology.throughput --draw FILE.json [--draw OTHER.json ...] [--results DIR] [--plot DIR]
 
-A model is a preset, or NAME[:OPTION=VALUE][+NAME...]@WIDTH as in `zoology.benchmark`; weights are random, as are the
-tokens. Generation is timed on a prompt's state: `new_tokens` greedy tokens of every sequence, in segments, so that the
-time per token is seen to stay or to grow with the position. Prefill goes from an empty state to the logits of the last
-token. Both are what a `Decoder` does with shapes that came before, compiled and recorded; times are the median with
-20th and 80th percentile. What cannot fit is recorded as such, with the bytes it needs. A point that FILE.json already
-holds is not measured again, and every point is written as soon as it is there.
+A model is a preset, or NAME[:OPTION=VALUE][+NAME...]@WIDTH as in `zoology.benchmark`; PRESET:BACKEND names what its
+layers run, PRESET:cudnn is PyTorch's attention by cuDNN's kernel. Weights are random, as are the tokens. Generation is
+timed on a prompt's state: `new_tokens` greedy tokens of every sequence, in segments, so that the time per token is seen
+to stay or to grow with the position. Prefill goes from an empty state to the logits of the last token. Both are what a
+`Decoder` does with shapes that came before, compiled and recorded; times are the median with 20th and 80th percentile.
+What cannot fit is recorded as such, with the bytes it needs. A point that FILE.json already holds is not measured
+again, and every point is written as soon as it is there.
 
 The bound of a step is the longer of two times: bytes over the bandwidth of a copy, and operations over the rate of a
 matrix product, both measured in the same run (`zoology.benchmark.measure_ceilings`); `zoology.bounds` says what counts.
@@ -24,7 +25,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -52,6 +53,7 @@ SEGMENT = 128  # tokens
 PROFILED_STEPS = 8
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TINY_VOCABULARY = 8192  # of models given as text
+CUDNN = {"cudnn": "sdpa"}  # a kernel of a backend that is asked for by its own name
 
 
 class Subject(NamedTuple):
@@ -62,6 +64,12 @@ class Subject(NamedTuple):
     also: dict[str, Any]
     prompt: int | None = None
     new_tokens: int | None = None
+
+    def attention(self) -> AbstractContextManager:
+        """While it runs, PyTorch's attention is cuDNN's, or refused, if the model is called so."""
+        if self.also.get("backend") != "cudnn":
+            return nullcontext()
+        return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
 
 
 class Point(NamedTuple):
@@ -77,8 +85,8 @@ class Effort(NamedTuple):
     """At most `repeats` timed runs of a point, no more once `seconds` are spent.
 
     With `profile` the first point of each kind and model has its longest kernels. Without `compiled` small operations
-    are not fused by torch.compile. Of several processes that share the file `lock`, one measures at a time, while none
-    gets ready.
+    are not fused by torch.compile. Of several processes that share the file `lock`, one measures at a time; before that
+    each goes through its points once, unmeasured and beside the others, beginning none after `rehearsal` seconds.
     """
 
     repeats: int = 5
@@ -86,6 +94,7 @@ class Effort(NamedTuple):
     profile: bool = False
     compiled: bool = True
     lock: Path | None = None
+    rehearsal: float = 90.0
 
 
 # -- clocks -------------------------------------------------------------------------------------------------
@@ -114,7 +123,10 @@ class Clock:
 
 @contextmanager
 def locked(lock: Path | None, *, alone: bool) -> Iterator[None]:
-    """Hold the file `lock`: several processes may get ready side by side, and one measures while none does."""
+    """Hold the file `lock`: several processes may get ready side by side, and one measures while none does.
+
+    Who measures waits until nobody gets ready: that is why it is done once and not before every point.
+    """
     if lock is None:
         yield
         return
@@ -130,10 +142,9 @@ def locked(lock: Path | None, *, alone: bool) -> Iterator[None]:
 
 def repeated(run: Callable[[], list[float]], effort: Effort) -> list[list[float]]:
     """Results of `run`, once at least, as often as the effort allows."""
-    with locked(effort.lock, alone=True):
-        started, found = time.perf_counter(), [run()]
-        while len(found) < effort.repeats and time.perf_counter() - started < effort.seconds:
-            found.append(run())
+    started, found = time.perf_counter(), [run()]
+    while len(found) < effort.repeats and time.perf_counter() - started < effort.seconds:
+        found.append(run())
     return found
 
 
@@ -168,6 +179,14 @@ def longest_kernels(
 # -- one point ----------------------------------------------------------------------------------------------
 
 
+class Ready(NamedTuple):
+    """A point that can be timed: `run` gives the milliseconds of its parts, `first` what is done before them."""
+
+    decoder: Decoder
+    first: Callable[[], Any]
+    run: Callable[[], list[float]]
+
+
 class Bench:
     """One model on its device, and its counts. `ceilings` of the machine are measured when they are first needed."""
 
@@ -175,10 +194,24 @@ class Bench:
         self, subject: Subject, device: torch.device, dtype: torch.dtype, ceilings: dict[str, float], effort: Effort
     ):
         self.subject, self.device, self.dtype, self.ceilings, self.effort = subject, device, dtype, ceilings, effort
-        with locked(effort.lock, alone=False):
-            self.model: LanguageModel = presets.build_config(subject.config, device=device, dtype=dtype)
+        self.model: LanguageModel = presets.build_config(subject.config, device=device, dtype=dtype)
         self.profiled: set[str] = set()
         self.work = ModelWork(subject.config)
+
+    def rehearse(self, points: list[Point]) -> None:
+        """Do the work of the points once in small: what has to be compiled and counted is then there."""
+        started = time.perf_counter()
+        for point in points:
+            if time.perf_counter() - started > self.effort.rehearsal:
+                return
+            try:
+                with torch.no_grad():
+                    decoder = self._get_ready(point).decoder
+                    self._moved(point, element_sizes(decoder.state.layers))
+                    del decoder
+            except (DoesNotFit, torch.cuda.OutOfMemoryError):
+                pass  # beside others; it is seen again when it is measured
+            free_memory(self.device)
 
     def measure(self, point: Point) -> dict[str, Any]:
         """The record of a point: its times beside its bound, or that it does not fit."""
@@ -188,71 +221,95 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            with torch.no_grad():
-                measured = (self._generation if point.kind == "generation" else self._prefill)(point)
+            with locked(self.effort.lock, alone=True), torch.no_grad():
+                if not self.ceilings:
+                    self.ceilings.update(measure_ceilings(self.device))
+                measured = self._measured(point, self._get_ready(point))
         except (DoesNotFit, torch.cuda.OutOfMemoryError) as error:
             measured = {"out_of_memory": _memory_error(error)}
         free_memory(self.device)
         return record | measured
 
-    def _generation(self, point: Point) -> dict[str, Any]:
-        sizes = [min(SEGMENT, point.new_tokens - done) for done in range(0, point.new_tokens, SEGMENT)]
+    def _get_ready(self, point: Point) -> Ready:
+        ready = self._generation(point) if point.kind == "generation" else self._prefill(point)
+        given = ready.first()
+        if point.kind == "generation":
+            ready.decoder.decode(given, min(point.new_tokens, PROFILED_STEPS))
+        else:
+            for _ in range(2):  # what comes again is recorded as a graph
+                ready.run()
+        return ready
+
+    def _generation(self, point: Point) -> Ready:
+        fused = "auto" if self.effort.compiled else False
+        decoder = Decoder(self.model, point.batch, point.length + point.new_tokens, compiled=fused)
+        prompt = self._tokens(point.batch, point.length)
 
         def first() -> Tensor:
             decoder.reset()
-            return decoder.prefill(prompt, self._prefix_length(point)).argmax(-1)
+            return self._read(decoder, prompt).argmax(-1)
 
         def run() -> list[float]:
             tokens, clock = first(), Clock(self.device)
             clock.mark()
-            for size in sizes:
+            for size in _segments(point):
                 tokens = decoder.decode(tokens, size)[:, -1]
                 clock.mark()
             return clock.intervals()
 
-        with locked(self.effort.lock, alone=False):
-            fused = "auto" if self.effort.compiled else False
-            decoder = Decoder(self.model, point.batch, point.length + point.new_tokens, compiled=fused)
-            prompt = self._tokens(point.batch, point.length)
-            decoder.decode(first(), min(point.new_tokens, PROFILED_STEPS))
-        times = repeated(run, self.effort)
-        sizes_of_state, segments, done = element_sizes(decoder.state.layers), [], point.length
-        for size, taken in zip(sizes, zip(*times)):
-            moved = self.work.step(point.batch, done + (size + 1) // 2, self._weight_bytes(), sizes_of_state)
-            segments.append(
-                {"from": done, "tokens": size, "ms_per_token": statistics.median(taken) / size, **self._bound(moved)}
-            )
-            done += size
-        record = self._timed([sum(taken) for taken in times], point.batch * point.new_tokens)
-        record["bound_ms"] = sum(part["tokens"] * part["bound"]["ms"] for part in segments)
-        record = self._with_share(record) | {"segments": segments} | self._machine(decoder)
-        steps = min(point.new_tokens, PROFILED_STEPS)
-        return record | self._profiled(point.kind, steps, lambda tokens: decoder.decode(tokens, steps), first)
+        return Ready(decoder, first, run)
 
-    def _prefill(self, point: Point) -> dict[str, Any]:
-        prefix_length = self._prefix_length(point)
+    def _prefill(self, point: Point) -> Ready:
+        fused = self.effort.compiled and self.device.type == "cuda"
+        decoder = Decoder(self.model, point.batch, point.length, graphs=False, compiled=fused)
+        tokens = self._tokens(point.batch, point.length)
 
         def run() -> list[float]:
             decoder.reset()
             clock = Clock(self.device)
             clock.mark()
-            decoder.prefill(tokens, prefix_length)
+            self._read(decoder, tokens)
             clock.mark()
             return clock.intervals()
 
-        with locked(self.effort.lock, alone=False):
-            fused = self.effort.compiled and self.device.type == "cuda"
-            decoder = Decoder(self.model, point.batch, point.length, graphs=False, compiled=fused)
-            tokens = self._tokens(point.batch, point.length)
-            for _ in range(2):  # what comes again is recorded as a graph
-                run()
-        record = self._timed([taken for (taken,) in repeated(run, self.effort)], point.batch * point.length)
-        moved = self.work.prefill(
-            point.batch, point.length, self._weight_bytes(), element_sizes(decoder.state.layers), prefix_length
-        )
-        bound = self._bound(moved)
-        record |= {"prefix_length": prefix_length, "bound_ms": bound["bound"]["ms"], **bound}
-        return self._with_share(record) | self._machine(decoder) | self._profiled(point.kind, 1, lambda _: run())
+        return Ready(decoder, lambda: None, run)
+
+    def _read(self, decoder: Decoder, tokens: Tensor) -> Tensor:
+        with self.subject.attention():
+            return decoder.prefill(tokens, self._prefix_length(tokens.shape[1]))
+
+    def _measured(self, point: Point, ready: Ready) -> dict[str, Any]:
+        times = repeated(ready.run, self.effort)
+        parts = [self._bound(moved) for moved in self._moved(point, element_sizes(ready.decoder.state.layers))]
+        taken, record = [sum(one) for one in times], {}
+        if point.kind == "generation":
+            sizes, at = _segments(point), point.length
+            for size, part, of_part in zip(sizes, parts, zip(*times)):
+                part |= {"from": at, "tokens": size, "ms_per_token": statistics.median(of_part) / size}
+                at += size
+            record = {"bound_ms": sum(part["tokens"] * part["bound"]["ms"] for part in parts), "segments": parts}
+            steps = min(point.new_tokens, PROFILED_STEPS)
+            profiled = self._profiled(
+                point.kind, steps, lambda tokens: ready.decoder.decode(tokens, steps), ready.first
+            )
+        else:
+            record = {"prefix_length": self._prefix_length(point.length), "bound_ms": parts[0]["bound"]["ms"], **parts[0]}
+            profiled = self._profiled(point.kind, 1, lambda _: ready.run())
+        tokens = point.batch * (point.new_tokens or point.length)
+        record |= {"ms": spread(taken), "tokens_per_ms": tokens / statistics.median(taken)}
+        record["share_of_bound"] = record["bound_ms"] / record["ms"]["median"]
+        return record | self._machine(ready.decoder) | profiled
+
+    def _moved(self, point: Point, state_bytes: dict[str, int]) -> list[Moved]:
+        """What the middle step of every segment has to move, or the whole prompt."""
+        weight_bytes, at, found = self.model.embedding.weight.element_size(), point.length, []
+        if point.kind == "prefill":
+            prefix_length = self._prefix_length(point.length)
+            return [self.work.prefill(point.batch, point.length, weight_bytes, state_bytes, prefix_length)]
+        for size in _segments(point):
+            found.append(self.work.step(point.batch, at + (size + 1) // 2, weight_bytes, state_bytes))
+            at += size
+        return found
 
     def _profiled(
         self, kind: str, steps: int, run: Callable[[Any], Any], before: Callable[[], Any] = lambda: None
@@ -261,33 +318,20 @@ class Bench:
         if not self.effort.profile or kind in self.profiled:
             return {}
         self.profiled.add(kind)
-        with locked(self.effort.lock, alone=True):
-            given = before()
-            return {"longest_kernels": longest_kernels(lambda: run(given), self.device, steps)}
+        given = before()
+        return {"longest_kernels": longest_kernels(lambda: run(given), self.device, steps)}
 
     def _tokens(self, batch: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         size = (batch, length)
         return torch.randint(self.subject.config.vocab_size, size, generator=generator).to(self.device)
 
-    def _prefix_length(self, point: Point) -> int:
+    def _prefix_length(self, length: int) -> int:
         """A model that takes a prefix reads all it is given as one."""
-        return point.length if self.model.takes_prefix else 0
-
-    def _weight_bytes(self) -> int:
-        return self.model.embedding.weight.element_size()
+        return length if self.model.takes_prefix else 0
 
     def _bound(self, moved: Moved) -> dict[str, Any]:
-        if not self.ceilings:
-            with locked(self.effort.lock, alone=True):
-                self.ceilings.update(measure_ceilings(self.device))
         return {"moved": moved._asdict(), "bound": moved.milliseconds(self.ceilings, _name(self.dtype))}
-
-    def _timed(self, times: list[float], tokens: int) -> dict[str, Any]:
-        return {"ms": spread(times), "tokens_per_ms": tokens / statistics.median(times)}
-
-    def _with_share(self, record: dict[str, Any]) -> dict[str, Any]:
-        return record | {"share_of_bound": record["bound_ms"] / record["ms"]["median"]}
 
     def _machine(self, decoder: Decoder) -> dict[str, Any]:
         used: dict[str, list[str]] = {}
@@ -302,6 +346,11 @@ class Bench:
                 name: getattr(decoder, name) for name in ("graphs", "compiled", "record_prompts", "chunk_size")
             },
         }
+
+
+def _segments(point: Point) -> list[int]:
+    """Tokens of the parts that a generation is timed in."""
+    return [min(SEGMENT, point.new_tokens - done) for done in range(0, point.new_tokens, SEGMENT)]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -328,15 +377,25 @@ def free_memory(device: torch.device) -> None:
 
 
 def subjects(models: list[str], n_layers: int | None = None, vocab_size: int = TINY_VOCABULARY) -> list[Subject]:
-    """Presets by name, and models as text. Raises ValueError for unknown presets, listing the known ones."""
+    """Presets by name, PRESET or PRESET:BACKEND, and models as text.
+
+    Raises ValueError for unknown presets, listing the known ones, and for a backend that no layer has.
+    """
     found = []
     for name in models:
-        config = parse_model(name, vocab_size) if "@" in name else presets.config(name)
+        preset, _, backend = name.partition(":") if "@" not in name else (name, "", "")
+        config = parse_model(name, vocab_size) if "@" in name else presets.config(preset)
+        if backend:
+            plain = config
+            config = presets.with_backend(config, CUDNN.get(backend, backend))
+            if config == plain:
+                known = {name for spec in plain.layers for name in architectures.registry.get(spec.name).cls.backends}
+                raise ValueError(f"{name!r}: no layer has the backend {backend!r}; allowed: {', '.join(sorted(known))}")
         if n_layers is not None:
             config = ModelConfig(
                 **{key: getattr(config, key) for key in ModelConfig.model_fields} | {"n_layers": n_layers}
             )
-        found.append(Subject(name, config, {"layers": config.n_layers}))
+        found.append(Subject(name, config, {"layers": config.n_layers} | ({"backend": backend} if backend else {})))
     return found
 
 
@@ -399,10 +458,9 @@ def kernel_records(length: int, ceilings: dict[str, float], lock: Path | None) -
         ("JRT-RNN", benchmark.prefix_cases([length]), {"M": length}),
         ("FlashAttention-2", benchmark.taylor_cases([length]), {"implementation": flash}),
     ):
-        with locked(lock, alone=False):
-            case = next(c for c in cases if c.direction == "forward" and wanted.items() <= _told(c).items())
-            case.check()
+        case = next(c for c in cases if c.direction == "forward" and wanted.items() <= _told(c).items())
         with locked(lock, alone=True):
+            case.check()
             if not ceilings:
                 ceilings.update(measure_ceilings(torch.device("cuda")))
             limits = {"copy_tb_per_s": ceilings["copy"] / 1e12, "bf16_tflop_per_s": ceilings["bf16"] / 1e12}
@@ -462,7 +520,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def command(
-    models: Annotated[str, typer.Option(help="presets or NAME[:OPTION=VALUE][+NAME...]@WIDTH, by commas")] = MODELS,
+    models: Annotated[
+        str, typer.Option(help="PRESET, PRESET:BACKEND or NAME[:OPTION=VALUE][+NAME...]@WIDTH, by commas")
+    ] = MODELS,
     batch: Annotated[str, typer.Option(help="batch sizes of generation; empty: none")] = "1,8,32,128,512,1024",
     length: Annotated[
         str, typer.Option(help="lengths of prefill, LENGTH or BATCHxLENGTH; empty: none")
@@ -477,6 +537,7 @@ def command(
     profile: Annotated[bool, typer.Option(help="add the longest kernels of the first points")] = False,
     compiled: Annotated[bool, typer.Option(help="fuse small operations by torch.compile")] = True,
     lock: Annotated[Path | None, typer.Option(help="file that several benchmarks of one machine share")] = None,
+    rehearsal: Annotated[float, typer.Option(min=0, help="seconds to get ready beside the others")] = 90.0,
     architectures_file: Annotated[
         list[Path] | None, typer.Option("--architectures", help="file of your own architectures (again to add)")
     ] = None,
@@ -504,7 +565,7 @@ def command(
             for path in architectures_file or ():
                 architectures.load_file(path)
             asked = trained(results_of, scale, only) if results_of else subjects(models.split(","), n_layers or None)
-            effort = Effort(repeats, seconds, profile, compiled, lock)
+            effort = Effort(repeats, seconds, profile, compiled, lock, rehearsal)
             document = _measure(
                 [] if kernels else asked, where, DTYPES[chosen], effort, out, kernels,
                 lambda subject: points(
@@ -541,7 +602,10 @@ def _measure(
         missing = [point for point in wanted if not records.holds(subject, point)]
         if not missing:
             continue
-        bench = Bench(subject, device, dtype, found["ceilings"], effort)
+        with locked(effort.lock, alone=False):
+            bench = Bench(subject, device, dtype, found["ceilings"], effort)
+            if effort.lock is not None:
+                bench.rehearse(missing)
         for point in missing:
             records.add(bench.measure(point))
         del bench

@@ -27,7 +27,8 @@ def run(*arguments):
 def timed(tmp_path_factory):
     """Records of two tiny models, and the file they are in."""
     path = tmp_path_factory.mktemp("throughput") / "records.json"
-    tiny = ["--device", "cpu", "--repeats", 2, "--prompt", 8, "--new-tokens", 130, "--models", ",".join(MODELS)]
+    tiny = ["--device", "cpu", "--repeats", 2, "--seconds", 600, "--prompt", 8, "--new-tokens", 130]
+    tiny += ["--models", ",".join(MODELS)]
     run(*tiny, "--batch", f"2,{HUGE}", "--length", "16,2x32", "--out", path)
     return json.loads(path.read_text()), path, tiny
 
@@ -98,6 +99,37 @@ def test_one_measures_while_none_gets_ready(tmp_path):
         done.append("ready")
     thread.join(10)
     assert done == ["ready", "measured"]
+
+
+def test_a_process_gets_ready_once_and_then_measures_by_itself(tmp_path, monkeypatch):
+    """Were it to get ready again between two points, each of several would wait for the slowest every time."""
+    lock, held, rehearsed = tmp_path / "lock", [], []
+    original = throughput.locked
+    monkeypatch.setattr(throughput, "locked", lambda lock, alone: held.append(alone) or original(lock, alone=alone))
+    get_ready = throughput.Bench._get_ready
+    monkeypatch.setattr(throughput.Bench, "_get_ready", lambda *a: rehearsed.append(held[-1]) or get_ready(*a))
+    tiny = ["--device", "cpu", "--repeats", 1, "--prompt", 4, "--new-tokens", 2, "--models", MODELS[0]]
+    run(*tiny, "--batch", f"2,{HUGE}", "--length", "8", "--lock", lock, "--out", tmp_path / "records.json")
+    assert held == [False, True, True, True]
+    assert rehearsed == [False, False, False, True, True, True]
+    document = json.loads((tmp_path / "records.json").read_text())
+    assert ["out_of_memory" in found for found in document["records"]] == [False, False, True]
+
+
+def test_a_preset_by_the_kernel_of_its_attention():
+    (subject,) = throughput.subjects(["attention-1.3b:cudnn"])
+    assert (subject.name, subject.also["backend"]) == ("attention-1.3b:cudnn", "cudnn")
+    assert {spec.options["backend"] for spec in subject.config.layers} == {"sdpa"}
+    (plain,) = throughput.subjects(["attention-1.3b"])
+    assert "backend" not in plain.also
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    with plain.attention():
+        assert torch.backends.cuda.flash_sdp_enabled() == flash
+    with subject.attention():
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    with pytest.raises(ValueError, match="no layer has the backend 'cudnn'; allowed: mamba-ssm, reference"):
+        throughput.subjects(["mamba-1.3b:cudnn"])
 
 
 def test_what_cannot_fit_is_recorded_with_its_bytes(timed):
