@@ -345,7 +345,7 @@ def notes(comparison: Comparison) -> list[str]:
         summary, *pairs = order_lines(points, memory)
         lines += [f"order at equal {_memory_name(memory)}: {summary}", *(f"  {pair}" for pair in pairs)]
     lines.append(f"cost: {cost(comparison)}")
-    lines += [f"learning rates without a result, {model}: {why}" for model, why in comparison.unfinished.items()]
+    lines += _unfinished_lines(comparison)
     if comparison.missing:
         lines.append("not run: " + not_run(comparison))
     if comparison.unpublished:
@@ -405,13 +405,25 @@ def order_lines(points: pd.DataFrame, memory: str) -> list[str]:
     return lines
 
 
+def _unfinished_lines(comparison: Comparison) -> list[str]:
+    """Learning rates without a result, one line for all models that lack the same for the same reason."""
+    by_reason: dict[str, list[str]] = {}
+    for model, why in comparison.unfinished.items():
+        by_reason.setdefault(why, []).append(model)
+    every = comparison.frame["point_id"].nunique()
+    return [
+        f"learning rates without a result: {why} ({'; '.join(models) if len(models) < every else 'every model'})"
+        for why, models in by_reason.items()
+    ]
+
+
 def not_run(comparison: Comparison) -> str:
     """The published points that have not been run, as text; an architecture of which none has been by its name."""
     ran, left = set(comparison.points["architecture"]), {}
     for point in comparison.missing:
         left.setdefault(point.architecture, []).append(point)
     return "; ".join(
-        "; ".join(map(_said, points)) if name in ran else f"{name}, all {len(points)} points"
+        "; ".join(map(_said, points)) if name in ran or len(points) == 1 else f"{name}, all {len(points)} points"
         for name, points in left.items()
     )
 

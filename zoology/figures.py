@@ -66,7 +66,8 @@ def by_width(comparisons: Sequence[Comparison]):
             _draw_published(axis, comparison.points, looks, "d_model", joined=True)
             _draw_missing(axis, comparison, "d_model")
             _draw_measured(axis, means, looks, "width", best_only=False)
-            axis.set(xscale="log", xlabel="d_model", xticks=sorted(widths.unique()))
+            published = {point.d_model for point in comparison.missing}
+            axis.set(xscale="log", xlabel="d_model", xticks=sorted({*widths, *published}))
             axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.xaxis.set_minor_locator(NullLocator())
             part = comparison.frame.iloc[0]

@@ -156,7 +156,16 @@ def test_rates_without_a_result_are_told_with_the_reason(sweep, make_record, wri
     assert comparison.unfinished == {"based d_model=64 feature_dim=16": why}
     assert comparison.points.set_index("architecture")["num_rates"].to_dict() == {"based": 1, "h3": 4}
     assert compare.main([str(directory)]) == 0
-    assert f"learning rates without a result, based d_model=64 feature_dim=16: {why}" in capsys.readouterr().out
+    assert f"learning rates without a result: {why} (based d_model=64 feature_dim=16)" in capsys.readouterr().out
+
+
+def test_a_rate_that_every_model_lacks_is_told_once(sweep, make_record):
+    sizes = [chosen(sweep, "based", 64, feature_dim=dim) for dim in (8, 16)]
+    (comparison,) = compare.compare(
+        [make_record(run, 0.9) for by_rate in sizes for run in by_rate.values() if run.train.lr < 0.02]
+    )
+    lines = [line for line in compare.notes(comparison) if "without a result" in line]
+    assert lines == ["learning rates without a result: 0.0316228 not run (every model)"]
 
 
 def test_architectures_of_which_nothing_was_run_are_named_once(records):

@@ -99,6 +99,7 @@ def test_published_points_that_were_not_run_are_grey(based, zoology):
     grey = [in_grey(axis) for axis in figures.by_width(zoology).axes]
     assert {x for points in grey for x, _ in points} == {64, 128, 256, 512}
     assert (512, 0.87) in grey[0]
+    assert list(figures.by_width(zoology).axes[0].get_xticks()) == [64, 128, 256, 512]
 
 
 def test_a_whole_figure_has_no_grey_points(paper_runs, make_record):
