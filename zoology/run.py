@@ -8,7 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,7 +122,8 @@ def sweep(options: dict[str, Any]) -> int:
             found = store.scan(directory)
             gc.freeze()  # nor will the collector go through what was read, as long as this process lives
             if options["best_seeds"] is not None:
-                configs = with_best_seeds(configs, found.finished, options["best_seeds"])
+                lost = () if options["rerun"] else found.failed
+                configs = with_best_seeds(configs, found.finished, options["best_seeds"], lost)
             runs = plan.make_plan(configs, devices[0], () if options["rerun"] == "all" else found.finished)
             if options["only"] is not None:
                 runs = plan.ranked(runs, named(options))
@@ -157,8 +158,13 @@ def named(options: dict[str, Any]) -> list[str]:
     return [name for name in options["only"].split(",") if name]
 
 
-def with_best_seeds(runs: list[RunConfig], finished: dict[str, dict[str, Any]], count: int) -> list[RunConfig]:
-    """The runs, and seeds 0 to count - 1 at the selected learning rate of every model whose runs are all finished."""
+def with_best_seeds(
+    runs: list[RunConfig], finished: dict[str, dict[str, Any]], count: int, failed: Collection[str] = ()
+) -> list[RunConfig]:
+    """The runs, and seeds 0 to count - 1 at the selected learning rate of every model that has no run left to do.
+
+    Runs in `failed`, by id, will not be done: a rate that diverged is not the best one.
+    """
     from zoology import results
 
     if count < 1:
@@ -168,8 +174,9 @@ def with_best_seeds(runs: list[RunConfig], finished: dict[str, dict[str, Any]], 
         points.setdefault(config.point_id, []).append(config)
     known, added = {config.run_id for config in runs}, []
     for configs in points.values():
-        if all(config.run_id in finished for config in configs):
-            best = results.select(results.from_records(finished[config.run_id] for config in configs))["lr"].iloc[0]
+        done = [config for config in configs if config.run_id in finished]
+        if done and all(config.run_id in finished or config.run_id in failed for config in configs):
+            best = results.select(results.from_records(finished[config.run_id] for config in done))["lr"].iloc[0]
             chosen = next(config for config in configs if config.train.lr == best)
             added += [chosen.model_copy(update={"seed": seed}) for seed in range(count)]
     return [*runs, *(config for config in added if config.run_id not in known)]

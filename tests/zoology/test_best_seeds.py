@@ -30,6 +30,16 @@ def test_a_model_with_a_rate_to_do_gets_no_more_seeds_yet(runs, make_record):
     assert more == runs
 
 
+def test_a_rate_that_failed_is_not_waited_for(runs, make_record):
+    done = finished(make_record, [runs[1], runs[2]], [0.4, 0.5])
+    assert with_best_seeds(runs, done, 2, failed=[runs[2].run_id])[3:] == [runs[2].model_copy(update={"seed": 1})]
+    added = with_best_seeds(runs, done, 2, failed=[runs[0].run_id])[3:]
+    assert [(run.architecture, run.train.lr, run.seed) for run in added] == [
+        ("attention", 1e-2, 1), ("base_conv", 1e-3, 1),
+    ]  # fmt: skip
+    assert with_best_seeds(runs, {}, 2, failed=[run.run_id for run in runs]) == runs
+
+
 def test_added_seeds_do_not_change_the_choice(runs, make_record):
     done = finished(make_record, runs, [0.9, 0.4, 0.5])
     more = with_best_seeds(runs, done, 3)
