@@ -3,6 +3,9 @@
 One row for every architecture, precision and backend: whether it is used by `auto`, available, missing, refused, or
 failed its parity check, with its errors against the float64 reference. Exits with 1 if a backend failed that `auto`
 would have used.
+
+The first time on a machine nearly all of its time goes into compiling the candidates that libraries tune their kernels
+over, on all cores; Triton keeps them, and what it chose, for training as well.
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ from zoology.engines.isolated import Died, run_isolated
 Status = Literal["used", "available", "missing", "refused", "failed"]
 STYLES = {"used": "bold green", "available": "green", "missing": "yellow", "refused": "dim", "failed": "bold red"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-CASE_SECONDS = 300.0
-"""After this time a backend hangs: the slowest, cold, with all its kernels to tune, takes a tenth of it."""
+CASE_SECONDS = 1800.0
+"""After this time a backend hangs: the slowest compiles some 400 candidates first, ten minutes of one core."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
