@@ -37,7 +37,7 @@ Status = Literal["used", "available", "missing", "refused", "failed"]
 STYLES = {"used": "bold green", "available": "green", "missing": "yellow", "refused": "dim", "failed": "bold red"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 CASE_SECONDS = 1800.0
-"""After this time a backend hangs: the slowest compiles some 400 candidates first, ten minutes of one core."""
+"""After this time a backend hangs: the slowest compiles hundreds of candidates first, many minutes of one core."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
