@@ -8,9 +8,7 @@ import architectures
 
 
 @torch.no_grad()
-def test_equals_fla_naive_recurrence():
-    from fla.ops.gla.naive import naive_recurrent_gla
-
+def test_equals_fla_naive_recurrence(fla_naive):
     torch.manual_seed(0)
     mixer = architectures.create("gla", 16, num_heads=2)
     mixer.norm_weight.add_(0.3 * torch.randn(8))
@@ -18,7 +16,7 @@ def test_equals_fla_naive_recurrence():
     q, k, v = (F.linear(x, p.weight).unflatten(-1, (2, -1)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     logits = x @ mixer.decay_proj[0].weight.T @ mixer.decay_proj[1].weight.T + mixer.decay_proj[1].bias
     g = (torch.sigmoid(logits) ** (1 / 16)).log().unflatten(-1, (2, -1))
-    o, _ = naive_recurrent_gla(q, k, v, g)
+    o, _ = fla_naive("gla").naive_recurrent_gla(q, k, v, g)
     o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-5) * mixer.norm_weight
     gate = x @ mixer.g_proj.weight.T
     wanted = (o.flatten(-2) * gate * torch.sigmoid(gate)) @ mixer.out_proj.weight.T
