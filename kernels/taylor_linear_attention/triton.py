@@ -97,35 +97,26 @@ class Prefix(NamedTuple):
 
 
 class Starts(NamedTuple):
-    """Raw states at the start of each group: kv [B*H, slots, rows, V] and z [B*H, slots, rows], the groups' slots last.
-
-    None when all are zero.
-    """
+    """Raw states, kv [B*H, G, rows, V] and z [B*H, G, rows], of or before each group; None when all are zero."""
 
     kv: Tensor | None
     z: Tensor | None
 
     @classmethod
-    def empty(cls, x: Tensor, slots: int, tile: Tile) -> Starts:
+    def empty(cls, x: Tensor, groups: int, tile: Tile) -> Starts:
         """Room for the heads of x [B, T, H, f]."""
-        shape = (x.shape[0] * x.shape[2], slots, tile.rows)
+        shape = (x.shape[0] * x.shape[2], groups, tile.rows)
         kv = torch.empty(*shape, tile.V, device=x.device, dtype=torch.float32)
         return cls(kv, torch.empty(shape, device=x.device, dtype=torch.float32))
 
-    @property
-    def slots(self) -> int:
-        """How many there are per head, those of other groups included."""
-        return 1 if self.kv is None else self.kv.stride(0) // self.kv.stride(1)
 
-    def last(self, groups: int) -> Starts:
-        return Starts(self.kv[:, -groups:], self.z[:, -groups:])
-
-
-def sum_groups(x: Tensor, y: Tensor, c, mask, into: Starts, tile: Tile, options, per_group: int, *, skip: str | None):
-    """Group sums, raw, of phi(x) y^T and phi(x) c, one per slot of `into`; 'first' or 'last' is one nobody needs."""
+def sum_groups(
+    x: Tensor, y: Tensor, c, mask, tile: Tile, options, groups: int, per_group: int, *, skip: str | None
+) -> Starts:
+    """Group sums of phi(x) y^T and phi(x) c; `skip` names an end group ('first', 'last') that nobody needs."""
     b, t, h, _ = x.shape
-    kv, z = into
-    num = kv.shape[1] - (skip is not None)
+    kv, z = Starts.empty(x, groups, tile)
+    num = groups - (skip is not None)
     for part in range(tile.PARTS if num else 0):
         tk._state_kernel[(triton.cdiv(tile.V, tile.BV), num, b * h)](
             x,
@@ -135,7 +126,7 @@ def sum_groups(x: Tensor, y: Tensor, c, mask, into: Starts, tile: Tile, options,
             kv,
             z,
             t,
-            into.slots,
+            groups,
             per_group,
             1 if skip == "first" else 0,
             part,
@@ -143,20 +134,29 @@ def sum_groups(x: Tensor, y: Tensor, c, mask, into: Starts, tile: Tile, options,
             HAS_MASK=mask is not None,
             **shape_constants(tile, options, t, h, mask, "state"),
         )
+    return Starts(kv, z)
 
 
-def scan(kv, z, initial: TaylorState | None, scale: float, tile: Tile, *, reverse: bool):
-    """Turn group sums into the states at the start of each group, in place; the skipped end group may hold anything."""
+def scan(
+    sums: Starts, before: Starts | None, initial: TaylorState | None, scale: float, tile: Tile, *, reverse: bool
+) -> Starts:
+    """Turn group sums into the states at the start of each group, in place; the skipped end group may hold anything.
+
+    What was `before`, an initial state and sums of groups of a prefix, is in all of them.
+    """
+    kv, z = sums
     heads, groups, rows, _ = kv.shape
     block = 16
     tk._scan_kernel[(rows // block, heads)](
         kv,
         z,
-        kv if initial is None else initial.kv,
-        z if initial is None else initial.key_sum,
+        *(sums if before is None else before),
+        *(sums if initial is None else initial),
         scale,
         groups,
+        0 if before is None else before.kv.shape[1],
         REVERSE=reverse,
+        HAS_BEFORE=before is not None,
         HAS_INITIAL=initial is not None,
         F=tile.F,
         V=tile.V,
@@ -165,30 +165,23 @@ def scan(kv, z, initial: TaylorState | None, scale: float, tile: Tile, *, revers
         BR=block,
         num_warps=4,
     )
+    return sums
 
 
 def group_starts(
     x, y, c, initial, scale, tile, options, groups, per_group, *, reverse: bool, prefix: Prefix | None = None
 ) -> Starts:
     """The state at the start of each group: forwards from `initial` and the prefix, or backwards from the gradient."""
-    slots = groups
-    if prefix is not None:
-        length = prefix.k.shape[1]
-        before, per_group_before = split(length, tile, triton.cdiv(tile.V, tile.BV) * x.shape[0] * x.shape[2], x.device)
-        # One group of each: the sum of the prefix is the state at the start.
-        slots = 1 if before == groups == 1 and initial is None else before + groups
-    if slots == 1 and prefix is None and initial is None:
+    if groups == 1 and initial is None and prefix is None:
         return Starts(None, None)
-    raw = Starts.empty(x, slots, tile)
+    before = None
     if prefix is not None:
-        into = Starts(raw.kv[:, :before], raw.z[:, :before])
-        sum_groups(prefix.k, prefix.v, None, prefix.mask, into, tile, options, per_group_before, skip=None)
-        if slots == 1:
-            return raw
-    starts = raw.last(groups)
-    sum_groups(x, y, c, None, starts, tile, options, per_group, skip="first" if reverse else "last")
-    scan(*raw, initial, scale, tile, reverse=reverse)
-    return starts
+        cut = split(prefix.k.shape[1], tile, triton.cdiv(tile.V, tile.BV) * x.shape[0] * x.shape[2], x.device)
+        before = sum_groups(prefix.k, prefix.v, None, prefix.mask, tile, options, *cut, skip=None)
+        if groups == cut[0] == 1 and initial is None:
+            return before
+    sums = sum_groups(x, y, c, None, tile, options, groups, per_group, skip="first" if reverse else "last")
+    return scan(sums, before, initial, scale, tile, reverse=reverse)
 
 
 def launch_apply(
@@ -216,7 +209,7 @@ def launch_apply(
             o if final is None else final.key_sum,
             scale,
             t,
-            start.slots,
+            groups,
             per_group,
             part,
             CAUSAL=xs is not None,
@@ -255,7 +248,7 @@ def launch_dx(
             dx if final is None else final.key_sum,
             scale,
             t,
-            start.slots,
+            groups,
             per_group,
             part,
             b * t * h,
@@ -374,8 +367,7 @@ def prefix_gradients(prefix: Prefix, gradient: TaylorState, plan: tuple) -> tupl
     k, v, mask = prefix
     b, m, h, _ = k.shape
     plan = (scale, tile, options, *split(m, tile, triton.cdiv(tile.V, tile.BV) * b * h, k.device))
-    start = Starts.empty(k, 1, tile)
-    scan(*start, gradient, scale, tile, reverse=True)
+    start = scan(Starts.empty(k, 1, tile), None, gradient, scale, tile, reverse=True)
     dk = launch_dx(k, v, None, None, None, mask, start, None, *plan, reverse=True)
     dv = launch_apply(k, None, None, mask, v, None, start, None, *plan, reverse=True)
     return dk, dv

@@ -436,15 +436,19 @@ def _state_kernel(
         _store_raw(p_s, p_z, b_s2, _total(b_z2), i_0 + 2, o_v, i_v == 0, V, BF)
 
 
-@triton.jit(do_not_specialize=["G"])
+@triton.jit(do_not_specialize=["G", "P"])
 def _scan_kernel(
     kv_ptr,
     z_ptr,
+    before_kv_ptr,
+    before_z_ptr,
     init_kv_ptr,
     init_z_ptr,
     scale,
     G,
+    P,
     REVERSE: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     F: tl.constexpr,
     V: tl.constexpr,
@@ -452,20 +456,27 @@ def _scan_kernel(
     FT: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """In place, group sums -> the raw state before each group (REVERSE: after it), from a public initial state."""
+    """In place, sums of G groups -> the raw state before each of them (REVERSE: after it).
+
+    The first one is a public initial state and the raw sums of P groups of a prefix.
+    """
     NQ: tl.constexpr = F * (F + 1) // 2
+    NF: tl.constexpr = NQ + F + 1
     i_r, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_r, o_v = i_r * BR + tl.arange(0, BR), tl.arange(0, VP)
-    row, exists, factor = _public(i_r, scale, F, BR)
-    m_s = exists[:, None] & (o_v < V)[None, :]
+    m_w = (o_v < V)[None, :]
     b_s = tl.zeros([BR, VP], tl.float32)
     b_z = tl.zeros([BR], tl.float32)
-    NF: tl.constexpr = NQ + F + 1
     if HAS_INITIAL:
+        row, exists, factor = _public(i_r, scale, F, BR)
         p = init_kv_ptr + (i_bh * NF + row[:, None]) * V + o_v[None, :]
-        b_s = tl.load(p, mask=m_s, other=0.0).to(tl.float32) / factor[:, None]
+        b_s = tl.load(p, mask=exists[:, None] & m_w, other=0.0).to(tl.float32) / factor[:, None]
         b_z = tl.load(init_z_ptr + i_bh * NF + row, mask=exists, other=0.0).to(tl.float32) / factor
-    m_w = (o_v < V)[None, :]
+    if HAS_BEFORE:
+        for i in range(0, P):
+            i_g = i_bh * P + i
+            b_s += tl.load(before_kv_ptr + (i_g * FT + o_r[:, None]) * V + o_v[None, :], mask=m_w, other=0.0)
+            b_z += tl.load(before_z_ptr + i_g * FT + o_r)
     for i in range(0, G - 1):
         i_g = i_bh * G + (G - 1 - i if REVERSE else i)
         p_s = kv_ptr + (i_g * FT + o_r[:, None]) * V + o_v[None, :]
@@ -683,7 +694,7 @@ def _apply_kernel(
         _store(p_o, b_o.to(o_ptr.dtype.element_ty), m_v, EVEN)
 
     if HAS_FINAL:  # noqa: SIM102  known when compiling, the inner one only when running
-        if i_g == (0 if REVERSE else tl.num_programs(1) - 1):
+        if i_g == (0 if REVERSE else G - 1):
             p_kv = final_kv_ptr + i_bh.to(tl.int64) * (NQ + F + 1) * V
             p_z = final_z_ptr + i_bh.to(tl.int64) * (NQ + F + 1)
             _store_public(p_kv, p_z, b_s0, b_z0, i_0, o_v, i_v == 0, scale, F, V, BF)
@@ -886,7 +897,7 @@ def _dx_kernel(
         _store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), m_f, EVEN)
 
     if HAS_FINAL:  # noqa: SIM102  known when compiling, the inner one only when running
-        if i_g == (0 if REVERSE else tl.num_programs(1) - 1):
+        if i_g == (0 if REVERSE else G - 1):
             p_kv = final_kv_ptr + i_bh.to(tl.int64) * (NQ + F + 1) * V
             p_z = final_z_ptr + i_bh.to(tl.int64) * (NQ + F + 1)
             _store_public(p_kv, p_z, b_s0, _total(b_z0), i_0, o_v, i_v == 0, scale, F, V, BF)
