@@ -317,6 +317,10 @@ def choose_device(text: str) -> torch.device:
         raise ValueError(f"--device {text}: no device of torch; allowed are auto, cpu, cuda, cuda:1, ...") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {text}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ValueError(f"--device {text}: {str(error).strip().splitlines()[0]}") from None
     return device
 
 
