@@ -319,8 +319,8 @@ def choose_device(text: str) -> torch.device:
         raise ValueError(f"--device {text}: torch sees {torch.cuda.device_count()} CUDA devices here")
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise ValueError(f"--device {text}: {str(error).strip().splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, ImportError):
+        raise ValueError(f"--device {text}: this torch ({torch.__version__}) cannot use it here") from None
     return device
 
 

@@ -213,7 +213,7 @@ def test_a_backend_that_kills_its_process_has_failed_and_the_others_never_notice
         (["--architectures", "none.py"], "does not exist"),
         (["--seq-len", "1"], "--seq-len 1: must be at least 2"),
         (["--device", "gpu"], "--device gpu: no device of torch; allowed are auto, cpu, cuda"),
-        (["--device", "hpu"], "--device hpu: "),
+        (["--device", "hpu"], "--device hpu: this torch"),
     ],
 )
 def test_bad_input_is_explained(arguments, message):
