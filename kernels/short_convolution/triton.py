@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_T, BLOCK_D, NUM_WARPS = 64, 64, 4
+# Channels that a thread holds side by side backwards: with few, a warp is few rows, and sums over them few exchanges.
+RUN = 4
 
 
 @triton.jit
@@ -22,7 +23,7 @@ def _shifted(p, o_t, shift, o_d, T, D: tl.constexpr):
     return tl.load(p + t[:, None] * D + o_d[None, :], mask=m, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
     x_ptr,
     w_ptr,
@@ -49,7 +50,7 @@ def _forward_kernel(
     tl.store(y_ptr + base + o_t[:, None] * D + o_d[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _backward_kernel(
     x_ptr,
     w_ptr,
@@ -61,10 +62,11 @@ def _backward_kernel(
     W: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """dx of a tile, and its share of the gradients of the weights and, behind them, of the bias: [W + 1, D]."""
     i_d, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_t, o_d = i_t * BT + tl.arange(0, BT), i_d * BD + tl.arange(0, BD)
+    o_t, o_d = i_t * BT + tl.arange(0, BT), tl.max_contiguous(i_d * BD + tl.arange(0, BD), RUN)
     base = i_b.to(tl.int64) * T * D
     b_dy = _shifted(dy_ptr + base, o_t, 0, o_d, T, D)
     b_dx = tl.zeros([BT, BD], tl.float32)
@@ -82,11 +84,33 @@ def _backward_kernel(
     tl.store(dx_ptr + base + o_t[:, None] * D + o_d[None, :], b_dx.to(dx_ptr.dtype.element_ty), mask=m)
 
 
-def launch(x: Tensor, taps: int) -> tuple[tuple[int, int, int], dict]:
+@triton.jit(do_not_specialize=["N"])
+def _total_kernel(sums_ptr, dw_ptr, db_ptr, N, D: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """Sums [N, W + 1, D] of the tiles -> gradients of the weights [D, W] and of the bias [D]."""
+    i_d, i_w = tl.program_id(0), tl.program_id(1)
+    o_n, o_d = tl.arange(0, BN), i_d * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    b_total = tl.zeros([BN, BD], tl.float32)
+    for start in range(0, N, BN):
+        n = start + o_n
+        p = sums_ptr + (n.to(tl.int64)[:, None] * (W + 1) + i_w) * D + o_d[None, :]
+        b_total += tl.load(p, mask=(n < N)[:, None] & m_d[None, :], other=0.0)
+    b_total = tl.sum(b_total, 0)
+    if i_w < W:
+        tl.store(dw_ptr + o_d * W + i_w, b_total.to(dw_ptr.dtype.element_ty), mask=m_d)
+    else:
+        tl.store(db_ptr + o_d, b_total.to(db_ptr.dtype.element_ty), mask=m_d)
+
+
+def launch(x: Tensor, taps: int, *, backward: bool) -> tuple[tuple[int, int, int], dict]:
     """Grid and constants for x [B, T, D]."""
     b, t, d = x.shape
-    grid = (triton.cdiv(d, BLOCK_D), triton.cdiv(t, BLOCK_T), b)
-    return grid, {"D": d, "W": taps, "BT": BLOCK_T, "BD": BLOCK_D, "num_warps": NUM_WARPS}
+    block_t, block_d, warps = 64, 64, 4
+    if backward:
+        # One warp waits for no other one's sums, if it has the registers for all taps.
+        block_t, warps = 32, 1 if taps <= (4 if x.element_size() == 2 else 3) else 2
+    grid = (triton.cdiv(d, block_d), triton.cdiv(t, block_t), b)
+    return grid, {"D": d, "W": taps, "BT": block_t, "BD": block_d, "num_warps": warps}
 
 
 @torch.library.custom_op(
@@ -95,7 +119,7 @@ def launch(x: Tensor, taps: int) -> tuple[tuple[int, int, int], dict]:
 def forward_op(x, weight, bias):
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
-    grid, constants = launch(x, weight.shape[1])
+    grid, constants = launch(x, weight.shape[1], backward=False)
     _forward_kernel[grid](x, weight, x if bias is None else bias, y, x.shape[1], HAS_BIAS=bias is not None, **constants)
     return y
 
@@ -112,12 +136,14 @@ def _(x, weight, bias):
 )
 def backward_op(x, weight, dy):
     x, weight, dy = (tensor.contiguous() for tensor in (x, weight, dy))
-    dx = torch.empty_like(x)
-    grid, constants = launch(x, weight.shape[1])
-    sums = torch.empty(grid[1] * grid[2], weight.shape[1] + 1, x.shape[2], device=x.device, dtype=torch.float32)
-    _backward_kernel[grid](x, weight, dy, dx, sums, x.shape[1], **constants)
-    total = sums.sum(0)
-    return dx, total[:-1].t().contiguous().to(weight.dtype), total[-1].to(weight.dtype, copy=True)
+    d, taps = weight.shape
+    dx, dw, db = torch.empty_like(x), torch.empty_like(weight), weight.new_empty(d)
+    grid, constants = launch(x, taps, backward=True)
+    num = grid[1] * grid[2]
+    sums = torch.empty(num, taps + 1, d, device=x.device, dtype=torch.float32)
+    _backward_kernel[grid](x, weight, dy, dx, sums, x.shape[1], RUN=RUN, **constants)
+    _total_kernel[(triton.cdiv(d, 16), taps + 1)](sums, dw, db, num, D=d, W=taps, BN=256, BD=16, num_warps=8)
+    return dx, dw, db
 
 
 @backward_op.register_fake
