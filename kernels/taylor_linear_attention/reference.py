@@ -19,7 +19,8 @@ can compute i and j from p without a table.
     S_t = sum_{u <= t} phi(k_u) v_u^T,    z_t = sum_{u <= t} phi(k_u),    o_t = phi(q_t).S_t / phi(q_t).z_t
 
 1 + s + s^2 / 2 = ((1 + s)^2 + 1) / 2 >= 1/2, so the normaliser is at least half the number of tokens seen: it needs
-no epsilon.
+no epsilon. With normalizer "own" the sum is divided by the weight of the token itself instead, which is at least 1/2:
+o_t = phi(q_t).S_t / phi(q_t).phi(k_t).
 """
 
 from __future__ import annotations
@@ -92,8 +93,14 @@ def naive_taylor_linear_attention(
     return torch.stack(outputs, dim=1), state
 
 
+def own_weight(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The weight 1 + s + s^2 / 2 of every token for itself, [..., f] -> [..., 1]."""
+    s = scale * (q * k).sum(-1, keepdim=True)
+    return 1 + s * (1 + 0.5 * s)
+
+
 def taylor_linear_attention_step_reference(
-    q: Tensor, k: Tensor, v: Tensor, state: TaylorState, *, scale: float
+    q: Tensor, k: Tensor, v: Tensor, state: TaylorState, *, scale: float, normalizer: str = "sum"
 ) -> tuple[Tensor, TaylorState]:
     """One step: q k [B, H, f], v [B, H, V]; the state is rounded to its own dtype after the output."""
     acc = accumulation_dtype(q.dtype, state)
@@ -101,7 +108,10 @@ def taylor_linear_attention_step_reference(
     kv = state.kv.to(acc) + phi_k.unsqueeze(-1) * v.to(acc).unsqueeze(-2)
     key_sum = state.key_sum.to(acc) + phi_k
     numerator = (phi_q.unsqueeze(-2) @ kv).squeeze(-2)
-    denominator = (phi_q * key_sum).sum(-1, keepdim=True)
+    if normalizer == "own":
+        denominator = own_weight(q.to(acc), k.to(acc), scale)
+    else:
+        denominator = (phi_q * key_sum).sum(-1, keepdim=True)
     return (numerator / denominator).to(v.dtype), TaylorState(kv.to(state.kv.dtype), key_sum.to(state.key_sum.dtype))
 
 
@@ -114,6 +124,7 @@ def taylor_linear_attention_reference(
     initial_state: TaylorState | None = None,
     output_final_state: bool = False,
     chunk_size: int = 128,
+    normalizer: str = "sum",
 ) -> tuple[Tensor, TaylorState | None]:
     """Chunked form: quadratic inside a chunk, through the state between chunks; accumulates in float32 or float64.
 
@@ -128,11 +139,14 @@ def taylor_linear_attention_reference(
         qc, kc, vc = (x[:, :, start : start + chunk_size] for x in (q, k, v))
         s = (qc * scale) @ kc.transpose(-1, -2)
         weights = (1 + s * (1 + 0.5 * s)).tril()
-        numerator, denominator = weights @ vc, weights.sum(-1, keepdim=True)
+        own = normalizer == "own"
+        numerator = weights @ vc
+        denominator = own_weight(qc, kc, scale) if own else weights.sum(-1, keepdim=True)
         if state is not None:
             phi_q = taylor_features(qc, scale)
             numerator = numerator + phi_q @ state.kv
-            denominator = denominator + phi_q @ state.key_sum.unsqueeze(-1)
+            if not own:
+                denominator = denominator + phi_q @ state.key_sum.unsqueeze(-1)
         outputs.append(numerator / denominator)
         if output_final_state or start + chunk_size < length:
             state = taylor_state_reference(kc, vc, scale=scale, initial_state=state)

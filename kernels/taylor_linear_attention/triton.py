@@ -60,7 +60,8 @@ def choose_tile(f: int, v_dim: int, dtype: torch.dtype, *, backward: bool = Fals
         f, 16 if f <= 16 else 32, v_dim, block_v, 64 if narrow else 32, block, num_blocks, op, prec, parts, not narrow
     )
     stages = {"state": 3, "apply": 3, "apply from a state": 2, "dx": 2, "dx reverse": 3}
-    if not narrow:
+    if not narrow or parts > 1:
+        # Wide features: what is fetched ahead would take the shared memory of a second program.
         stages = dict.fromkeys(stages, 1)
     return tile, {"num_warps": 4, "num_stages": stages}
 
