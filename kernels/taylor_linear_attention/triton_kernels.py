@@ -436,6 +436,24 @@ def _state_kernel(
         _store_raw(p_s, p_z, b_s2, _total(b_z2), i_0 + 2, o_v, i_v == 0, V, BF)
 
 
+@triton.jit
+def _load_group(kv_ptr, z_ptr, i_g, inside, o_r, o_v, V: tl.constexpr, FT: tl.constexpr):
+    """Rows o_r of the raw state i_g, zeros unless `inside`."""
+    m_r = inside & (o_r < FT)
+    b_s = tl.load(
+        kv_ptr + (i_g * FT + o_r[:, None]) * V + o_v[None, :], mask=m_r[:, None] & (o_v < V)[None, :], other=0.0
+    )
+    return b_s, tl.load(z_ptr + i_g * FT + o_r, mask=m_r, other=0.0)
+
+
+@triton.jit
+def _store_group(kv_ptr, z_ptr, b_s, b_z, i_g, inside, o_r, o_v, V: tl.constexpr, FT: tl.constexpr):
+    """Write rows o_r of the raw state i_g, if `inside`."""
+    m_r = inside & (o_r < FT)
+    tl.store(kv_ptr + (i_g * FT + o_r[:, None]) * V + o_v[None, :], b_s, mask=m_r[:, None] & (o_v < V)[None, :])
+    tl.store(z_ptr + i_g * FT + o_r, b_z, mask=m_r)
+
+
 @triton.jit(do_not_specialize=["G", "P"])
 def _scan_kernel(
     kv_ptr,
@@ -464,33 +482,41 @@ def _scan_kernel(
     NF: tl.constexpr = NQ + F + 1
     i_r, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_r, o_v = i_r * BR + tl.arange(0, BR), tl.arange(0, VP)
-    m_w = (o_v < V)[None, :]
     b_s = tl.zeros([BR, VP], tl.float32)
     b_z = tl.zeros([BR], tl.float32)
     if HAS_INITIAL:
         row, exists, factor = _public(i_r, scale, F, BR)
         p = init_kv_ptr + (i_bh * NF + row[:, None]) * V + o_v[None, :]
-        b_s = tl.load(p, mask=exists[:, None] & m_w, other=0.0).to(tl.float32) / factor[:, None]
+        b_s = tl.load(p, mask=exists[:, None] & (o_v < V)[None, :], other=0.0).to(tl.float32) / factor[:, None]
         b_z = tl.load(init_z_ptr + i_bh * NF + row, mask=exists, other=0.0).to(tl.float32) / factor
+    # Groups come four at a time, so that memory is waited for once: no load passes an earlier store.
     if HAS_BEFORE:
-        for i in range(0, P):
+        for i in range(0, P, 4):
             i_g = i_bh * P + i
-            b_s += tl.load(before_kv_ptr + (i_g * FT + o_r[:, None]) * V + o_v[None, :], mask=m_w, other=0.0)
-            b_z += tl.load(before_z_ptr + i_g * FT + o_r)
-    for i in range(0, G - 1):
-        i_g = i_bh * G + (G - 1 - i if REVERSE else i)
-        p_s = kv_ptr + (i_g * FT + o_r[:, None]) * V + o_v[None, :]
-        p_z = z_ptr + i_g * FT + o_r
-        b_ds = tl.load(p_s, mask=m_w, other=0.0)
-        b_dz = tl.load(p_z)
-        tl.store(p_s, b_s, mask=m_w)
-        tl.store(p_z, b_z)
-        b_s += b_ds
-        b_z += b_dz
+            b_s0, b_z0 = _load_group(before_kv_ptr, before_z_ptr, i_g, i < P, o_r, o_v, V, FT)
+            b_s1, b_z1 = _load_group(before_kv_ptr, before_z_ptr, i_g + 1, i + 1 < P, o_r, o_v, V, FT)
+            b_s2, b_z2 = _load_group(before_kv_ptr, before_z_ptr, i_g + 2, i + 2 < P, o_r, o_v, V, FT)
+            b_s3, b_z3 = _load_group(before_kv_ptr, before_z_ptr, i_g + 3, i + 3 < P, o_r, o_v, V, FT)
+            b_s += (b_s0 + b_s1) + (b_s2 + b_s3)
+            b_z += (b_z0 + b_z1) + (b_z2 + b_z3)
+    STEP: tl.constexpr = -1 if REVERSE else 1
+    first = i_bh * G + (G - 1 if REVERSE else 0)
+    for i in range(0, G - 1, 4):
+        i_g = first + i * STEP
+        b_s0, b_z0 = _load_group(kv_ptr, z_ptr, i_g, i < G - 1, o_r, o_v, V, FT)
+        b_s1, b_z1 = _load_group(kv_ptr, z_ptr, i_g + STEP, i + 1 < G - 1, o_r, o_v, V, FT)
+        b_s2, b_z2 = _load_group(kv_ptr, z_ptr, i_g + 2 * STEP, i + 2 < G - 1, o_r, o_v, V, FT)
+        b_s3, b_z3 = _load_group(kv_ptr, z_ptr, i_g + 3 * STEP, i + 3 < G - 1, o_r, o_v, V, FT)
+        _store_group(kv_ptr, z_ptr, b_s, b_z, i_g, i < G - 1, o_r, o_v, V, FT)
+        b_s, b_z = b_s + b_s0, b_z + b_z0
+        _store_group(kv_ptr, z_ptr, b_s, b_z, i_g + STEP, i + 1 < G - 1, o_r, o_v, V, FT)
+        b_s, b_z = b_s + b_s1, b_z + b_z1
+        _store_group(kv_ptr, z_ptr, b_s, b_z, i_g + 2 * STEP, i + 2 < G - 1, o_r, o_v, V, FT)
+        b_s, b_z = b_s + b_s2, b_z + b_z2
+        _store_group(kv_ptr, z_ptr, b_s, b_z, i_g + 3 * STEP, i + 3 < G - 1, o_r, o_v, V, FT)
+        b_s, b_z = b_s + b_s3, b_z + b_z3
     # Nobody summed the last group: its start is what is there now.
-    i_g = i_bh * G + (0 if REVERSE else G - 1)
-    tl.store(kv_ptr + (i_g * FT + o_r[:, None]) * V + o_v[None, :], b_s, mask=m_w)
-    tl.store(z_ptr + i_g * FT + o_r, b_z)
+    _store_group(kv_ptr, z_ptr, b_s, b_z, first + (G - 1) * STEP, G > 0, o_r, o_v, V, FT)
 
 
 # ---------------------------------------------------------------- outputs: o, and the gradient of v

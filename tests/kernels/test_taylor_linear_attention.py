@@ -400,6 +400,9 @@ for case in t.INTERPRETED_CASES:
     t.check_against_float64(case, torch.float32, "cpu", floor=1e-6)
 t.check_against_float64(t.INTERPRETED_WIDE, torch.float16, "cpu")
 t.check_step("cpu", 3, 5, 20)
+for reverse in (False, True):
+    t.check_scan(7, 6, reverse)
+    t.check_scan(1, 5, reverse)
 
 # Factors picked by products, as for bf16, which the interpreter cannot multiply.
 choose_tile = impl.choose_tile
@@ -436,6 +439,25 @@ def check_step(device, h, f, v_dim, *, batch=2, dtype=torch.float32, state_dtype
     assert error(o, expected) < 2 * torch.finfo(dtype).eps
     for one, other in zip(end, new):
         assert error(one, other) < torch.finfo(state_dtype).eps
+
+
+def check_scan(groups, prefix_groups, reverse, device="cpu"):
+    """Before each group: what the prefix adds up to and the groups before (REVERSE: behind) it."""
+    from kernels.taylor_linear_attention import triton as impl
+
+    tile, _ = impl.choose_tile(5, 7, torch.float32)
+    gen = torch.Generator().manual_seed(0)
+    sums, before = (
+        impl.Starts(*(torch.randn(2, n, tile.rows, *v_dim, generator=gen).to(device) for v_dim in ((7,), ())))
+        for n in (groups, prefix_groups)
+    )
+    expected = []
+    for x, y in zip(sums, before):
+        ordered = x.flip(1) if reverse else x
+        starts = y.sum(1, keepdim=True) + ordered.cumsum(1) - ordered
+        expected.append(starts.flip(1) if reverse else starts)
+    impl.scan(sums, before, None, 0.4, tile, reverse=reverse)
+    torch.testing.assert_close(tuple(sums), tuple(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_triton_kernels_interpreted(run_interpreted):
