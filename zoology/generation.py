@@ -21,6 +21,7 @@ from torch import Tensor
 from architectures.mixer import State, check_prefix_length, clone_state, map_state, state_tensors
 from zoology.config import ModelConfig
 from zoology.model import Block, LanguageModel, Stack, measured_state
+from zoology.step_layers import Rest, StepBlock
 
 log = logging.getLogger("zoology")
 
@@ -134,22 +135,24 @@ def _counts(config_json: str, max_seq_len: int, dtype: torch.dtype) -> tuple[int
 # -- one step ---------------------------------------------------------------------------------------------------
 
 
-def advance(block: Block, x: Tensor, delta: Tensor, state: State, keep_position: bool = True) -> tuple[Tensor, Tensor]:
-    """One token through a block, its state updated in place: the input is x + delta, and so is the output.
+def advance(block: StepBlock, x: Tensor, rest: Rest, state: State, keep_position: bool = True) -> tuple[Tensor, Rest]:
+    """One token through a block, its state updated in place: the input is x + rest, and so is the output.
 
-    That the last addition is left to whoever reads the output lets it be one kernel with the norm that follows.
     `keep_position` leaves positions to the caller.
     """
-    x = x + delta
-    y, new = block.mixer.step(block.norm(x), state)
+    x = rest.added_to(x)
+    y, new = block.mix(block.norm(x), state)
     write_state(state, new, keep_position)
-    return mix_channels(block, x, y)
+    return block.mix_channels(x, y)
 
 
 def read(
     block: Block, x: Tensor, delta: Tensor, state: State, prefix_length: int, empty: bool, keep_position: bool
 ) -> tuple[Tensor, Tensor]:
-    """`advance` for a chunk [B, T, D]; `empty` says that nothing is in the state yet."""
+    """A chunk [B, T, D] through a block, in the same way; `empty` says that nothing is in the state yet.
+
+    That the last addition is left to whoever reads the output lets it be one kernel with the norm that follows.
+    """
     x = x + delta
     fill = block.mixer.prefill_empty if empty else block.mixer.prefill
     prefix = {"prefix_length": prefix_length} if block.mixer.takes_prefix else {}
@@ -202,9 +205,9 @@ def _counters(state: State) -> list[int]:
     return [int(tensor) for _, tensor in state_tensors(state) if is_position(tensor)]
 
 
-def finish(model: LanguageModel, x: Tensor, delta: Tensor) -> Tensor:
-    """x + delta, the output of the last block [B, D] -> logits [B, V]."""
-    return model.head(model.norm(x + delta))
+def finish(model: LanguageModel, x: Tensor, rest: Rest) -> Tensor:
+    """x + rest, the output of the last block [B, D] -> logits [B, V]."""
+    return model.head(model.norm(rest.added_to(x)))
 
 
 def pick(logits: Tensor, temperature: Tensor | None, generator: torch.Generator | None) -> Tensor:
@@ -279,6 +282,8 @@ class Decoder:
         stack = model.init_state(batch_size, max_seq_len, device=self.device)
         self.position = stack.position
         self._counts_itself = self._probe()
+        self._steps = [StepBlock(*of, batch_size) for of in zip(model.blocks, self._template.layers)]
+        self._no_rest = self._steps[0].no_rest(self._zero)
         self.state = self._share_position(stack)
         self.seen = 0
         integers = {"dtype": torch.int64, "device": self.device}
@@ -352,6 +357,9 @@ class Decoder:
         sampled = temperature > 0
         if sampled:
             self.temperature.fill_(temperature)
+        for block in self._steps:
+            if block.joined is not None:
+                block.joined.refresh()  # the model's weights may have changed
         self.token.copy_(tokens)
         self.count.zero_()
         if self.graphs and sampled not in self._graphs:
@@ -455,11 +463,10 @@ class Decoder:
 
     def _step(self, sampled: bool) -> Tensor:
         """Read `token`, write the next one there and into `made` -> logits: nothing but operations on the device."""
-        x, delta = self.model.embed(self.token[:, None], self.position)[:, 0], self._zero
-        for index, (block, state) in enumerate(zip(self.model.blocks, self.state.layers)):
-            advanced = self._functions[index].advance
-            x, delta = advanced(block, x, delta, state, index not in self._counts_itself)
-        logits = self._finish(self.model, x, delta)
+        x, rest = self.model.embed(self.token[:, None], self.position)[:, 0], self._no_rest
+        for index, (block, state) in enumerate(zip(self._steps, self.state.layers)):
+            x, rest = self._functions[index].advance(block, x, rest, state, index not in self._counts_itself)
+        logits = self._finish(self.model, x, rest)
         self.token.copy_(pick(logits, self.temperature if sampled else None, self.generator if sampled else None))
         self.made.index_copy_(0, self.count, self.token[None])
         self.count.add_(1)

@@ -293,7 +293,11 @@ class Bench:
                 point.kind, steps, lambda tokens: ready.decoder.decode(tokens, steps), ready.first
             )
         else:
-            record = {"prefix_length": self._prefix_length(point.length), "bound_ms": parts[0]["bound"]["ms"], **parts[0]}
+            record = {
+                "prefix_length": self._prefix_length(point.length),
+                "bound_ms": parts[0]["bound"]["ms"],
+                **parts[0],
+            }
             profiled = self._profiled(point.kind, 1, lambda _: ready.run())
         tokens = point.batch * (point.new_tokens or point.length)
         record |= {"ms": spread(taken), "tokens_per_ms": tokens / statistics.median(taken)}

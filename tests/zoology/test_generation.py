@@ -36,7 +36,7 @@ def decoded_logits(decoder, tokens, prompt, prefix_length=0):
     found = [decoder.prefill(tokens[:, :prompt], prefix_length)]
     for t in range(prompt, tokens.shape[1]):
         decoder.decode(tokens[:, t], 1)
-        found.append(decoder.logits)
+        found.append(decoder.logits.clone())  # a recorded step writes into the same memory again
     return torch.stack(found, 1)
 
 
@@ -255,6 +255,19 @@ def test_a_step_is_one_graph_for_all_layers_of_a_kind(monkeypatch):
         assert torch.allclose(actual, model(tokens)[:, prompt - 1 :], rtol=1e-9, atol=1e-12)
     # Steps, chunks of any length, and the head.
     assert len(traced) == 3 + 3 + 1
+
+
+def test_joined_projections_are_in_that_graph_too(monkeypatch):
+    traced = []
+    compile_with(monkeypatch, lambda graph, inputs: traced.append(graph) or graph)
+    model, tokens = build(BASED, BASED), draw(2, 6)
+    decoder, found = Decoder(model, 2, 6, compiled=True), []
+    for token in tokens.T:
+        decoder.decode(token, 1)
+        found.append(decoder.logits)
+    assert torch.allclose(torch.stack(found, 1), model(tokens), rtol=1e-9, atol=1e-12)
+    assert len(traced) == 2  # the step of a layer, and the head
+    assert [block.joined.sizes for block in decoder._steps] == [[8, 8, 16]] * 2
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(own_mixers, caplog, monkeypatch):
