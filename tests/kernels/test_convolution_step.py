@@ -11,6 +11,7 @@ CASES = [
     (3, 20, 3, True, "silu", True),
     (2, 700, 4, False, None, True),
     (2, 9, 2, True, None, False),
+    (11, 300, 3, True, "silu", True),
     (1, 5, 1, False, "silu", False),
 ]
 
