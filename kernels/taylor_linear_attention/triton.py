@@ -56,9 +56,10 @@ def choose_tile(f: int, v_dim: int, dtype: torch.dtype, *, backward: bool = Fals
     num_blocks = 1 if num <= block or exact else 3
     block_v = min(64 if narrow or not backward else 32, max(16, triton.next_power_of_2(v_dim)))
     parts = triton.cdiv(num, num_blocks * block)
-    tile = Tile(
-        f, 16 if f <= 16 else 32, v_dim, block_v, 64 if narrow else 32, block, num_blocks, op, prec, parts, not narrow
-    )
+    # Products pick factors of few digits exactly, and are the faster way where one launch has all features.
+    gather = not narrow and (dtype == torch.float32 or parts > 1)
+    chunk = 64 if narrow else 32
+    tile = Tile(f, 16 if f <= 16 else 32, v_dim, block_v, chunk, block, num_blocks, op, prec, parts, gather)
     stages = {"state": 3, "apply": 3, "apply from a state": 2, "dx": 2, "dx reverse": 3}
     if not narrow or parts > 1:
         # Wide features: what is fetched ahead would take the shared memory of a second program.
