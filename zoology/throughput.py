@@ -198,11 +198,13 @@ class Bench:
         self.profiled: set[str] = set()
         self.work = ModelWork(subject.config)
 
-    def rehearse(self, points: list[Point]) -> None:
-        """Do the work of the points once in small: what has to be compiled and counted is then there."""
-        started = time.perf_counter()
+    def rehearse(self, points: list[Point], until: float) -> None:
+        """Do the work of the points once in small, beginning none after `until`: what has to be compiled is then there.
+
+        What points have to move is counted as well.
+        """
         for point in points:
-            if time.perf_counter() - started > self.effort.rehearsal:
+            if time.perf_counter() > until:
                 return
             try:
                 with torch.no_grad():
@@ -602,19 +604,34 @@ def _measure(
     if kernels:
         for record in kernel_records(kernels, found["ceilings"], effort.lock):
             records.add(record)
-    for subject, wanted in planned:
-        missing = [point for point in wanted if not records.holds(subject, point)]
-        if not missing:
-            continue
-        with locked(effort.lock, alone=False):
-            bench = Bench(subject, device, dtype, found["ceilings"], effort)
-            if effort.lock is not None:
-                bench.rehearse(missing)
-        for point in missing:
+    missing = [(one, [point for point in wanted if not records.holds(one, point)]) for one, wanted in planned]
+    missing = [(one, wanted) for one, wanted in missing if wanted]
+    for bench, wanted in _benches(missing, device, dtype, found["ceilings"], effort):
+        for point in wanted:
             records.add(bench.measure(point))
-        del bench
         free_memory(device)
     return records.document
+
+
+def _benches(
+    planned: list[tuple[Subject, list[Point]]], device: torch.device, dtype: torch.dtype,
+    ceilings: dict[str, float], effort: Effort,
+) -> Iterator[tuple[Bench, list[Point]]]:  # fmt: skip
+    """One model after the other; with a lock all of them at once, rehearsed, so that nothing is left to get ready."""
+
+    def build(subject: Subject) -> Bench:
+        return Bench(subject, device, dtype, ceilings, effort)
+
+    if effort.lock is None:
+        for subject, wanted in planned:
+            yield build(subject), wanted
+        return
+    with locked(effort.lock, alone=False):
+        until = time.perf_counter() + effort.rehearsal
+        ready = [(build(subject), wanted) for subject, wanted in planned]
+        for bench, wanted in ready:
+            bench.rehearse(wanted, until)
+    yield from ready
 
 
 def _numbers(option: str, text: str) -> list[int]:
