@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -577,6 +578,7 @@ def command(
         if draw_from:
             result = joined([json.loads(path.read_text()) for path in draw_from])
         elif protocol_of:
+            torch.set_num_threads(os.cpu_count() or 1)  # as a sweep with one worker
             result = protocol(protocol_of, chosen[0], where, epochs=epochs)
         else:
             if mode not in ("auto", "eager", *MODES):

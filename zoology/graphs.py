@@ -13,9 +13,12 @@ On a CPU, or with `captured=False`, the same step runs without recording.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import gc
 import logging
 import os
+import threading
 import time
 import types
 from collections import OrderedDict, defaultdict
@@ -25,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor
 
@@ -46,6 +50,12 @@ KEPT_LOOPS = 2
 
 PROBED_ROWS = 16
 """Examples of the first pass through a model: as many as kernels are compiled for that take whole batches."""
+
+PREPARED = frozenset({"reference", "triton", "sdpa"})
+"""Backends whose kernels two threads may compile and run at once; those of other libraries tune themselves."""
+
+LARGE_ACTIVATIONS = 0.75e9
+"""Bytes that the forward pass of a batch may keep for the backward pass before some are computed again instead."""
 
 EVALUATION_TOKENS = 1 << 16
 """Tokens of an evaluation batch at most: long test sequences must not need more memory than training."""
@@ -163,7 +173,9 @@ class StaticLoop:
         self.config, self.device, self.splits = config, device, splits
         self.compiled, self.captured = compiled, captured
         self.precision = config.train.precision
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        devices = [device] if device.type == "cuda" else []
+        # Products are set up once for all that is built, which threads rely on.
+        with torch.random.fork_rng(devices=devices), computing_in(self.precision, device):
             self.model = LanguageModel(config.model).to(device)
             with _many_variants() if compiled == PIECES else contextlib.nullcontext():
                 self._build()
@@ -191,7 +203,10 @@ class StaticLoop:
         self.scalars = torch.zeros(steps, 3, device=device)
         self.losses = torch.zeros(steps, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
-        names = self._probe()
+        # Workers that share a machine keep its GPU busy for each other while they build; one alone has cores to spare.
+        prepares = self.compiled and device.type == "cuda" and 2 * torch.get_num_threads() > _cores()
+        with _Beside(device, self._rehearse_losses if prepares else None):
+            names = self._probe()
         self.optimizer = FlatAdamW(
             self.model,
             names,
@@ -206,7 +221,11 @@ class StaticLoop:
         self._label_counts: dict[tuple, set[int]] = defaultdict(set)
         for part, resident in self.parts:
             self._label_counts[self._signature(part, resident)].add(resident.positions.shape[1])
-        self.record_steps()
+        rehearse = None
+        if prepares and set().union(*self.backends().values()) <= PREPARED:
+            rehearse = functools.partial(self._rehearse_evaluation, copy.deepcopy(self.model))
+        with _Beside(device, rehearse) as self._rehearsal:
+            self.record_steps()
         # Test slices are scored once a run: recording them would take longer than it saves.
         self._evaluations = {
             split: {
@@ -227,11 +246,16 @@ class StaticLoop:
         """Names of the parameters that get a gradient. Runs each length once: every mixer then knows its backend."""
         self.model.train()
         first_few = torch.arange(PROBED_ROWS, dtype=torch.int32, device=self.device)[None]
+        most = 0.0
         for part, resident in {part.task.seq_len: (part, resident) for part, resident in self.parts}.values():
             first = first_few[:, : resident.tokens.shape[0]]
-            head = None if self.precision != "bf16" else self.model.embedding.weight.detach().bfloat16()
-            loss = batch_loss(self.model, resident, first, self.counter, head, part.task.prefix_length, self.precision)
+            with _counting_kept(first.shape[1], part.task.seq_len) as kept:
+                args = (first, self.counter, self._head_copy(), part.task.prefix_length, self.precision)
+                loss = batch_loss(self.model, resident, *args)
             loss.backward()
+            most = max(most, sum(kept.values()) * self.config.data.batch_size / first.shape[1])
+        # In 16 bits memory is short nowhere, and other operations than ours are not to run twice.
+        self.recomputes = self.precision != "bf16" and most > LARGE_ACTIVATIONS
         found = dict(self.model.named_parameters())
         for name, parameter in found.items():
             if parameter.dtype != torch.float32:
@@ -239,6 +263,37 @@ class StaticLoop:
         names = [name for name, parameter in found.items() if parameter.grad is not None]
         self.model.zero_grad(set_to_none=True)
         return names
+
+    def _head_copy(self) -> Tensor | None:
+        """The embedding in the dtype that logits are computed in, if that is not its own."""
+        weight = self.model.embedding.weight.detach()
+        return None if self.compute_dtype == weight.dtype else weight.to(self.compute_dtype)
+
+    @torch.no_grad()
+    def _rehearse_losses(self) -> None:
+        """The loss once for every number of labels in a batch."""
+        weight, head = self.model.embedding.weight.detach(), self._head_copy()
+        for rows in sorted({self.config.data.batch_size * data.positions.shape[1] for _, data in self.parts}):
+            hidden = torch.zeros(rows, weight.shape[1], device=self.device, dtype=self.compute_dtype)
+            targets = torch.zeros(rows, device=self.device, dtype=torch.int64)
+            kernels.linear_cross_entropy(hidden, weight, targets, weight_copy=head, ignore_index=IGNORE_INDEX)
+
+    @torch.no_grad()
+    def _rehearse_evaluation(self, model: LanguageModel) -> None:
+        """Predictions of a twin of the model, once for every length that training does not have."""
+        model.eval()
+        seen = {part.task.seq_len for part, _ in self.parts}
+        for split in ("validation", "test"):
+            for part, labelled in self.splits[split]:
+                number, length = labelled.tokens.shape
+                if length not in seen:
+                    seen.add(length)
+                    first = torch.arange(self.evaluation_size(number, length), device=self.device)
+                    self.predict(labelled.rows(first), part.task.prefix_length, model)
+
+    def evaluation_size(self, number: int, length: int) -> int:
+        """Examples of a batch of evaluation, of `number` of this length."""
+        return max(1, min(self.config.data.batch_size, EVALUATION_TOKENS // length, number))
 
     def _loss_function(self, part: Slice, resident: Resident) -> Callable[..., Tensor]:
         """The loss of a batch of this slice, compiled once for slices that differ in the number of labels only."""
@@ -291,22 +346,32 @@ class StaticLoop:
 
         def run() -> None:
             self.model.train(train)
-            with torch.set_grad_enabled(train), computing_in(self.precision, self.device):
+            with torch.set_grad_enabled(train), computing_in(self.precision, self.device), self._partitioning():
                 function()
 
         if not recorded:
             return run
-        stream = torch.cuda.Stream(self.device)
+        stream = _side_stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(2):
                 counter.zero_()
                 run()
         torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._rehearsal.wait()  # nothing else may run on the device while a graph is recorded
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream):
             run()
         return graph.replay
+
+    def _partitioning(self) -> contextlib.AbstractContextManager:
+        """How the compiler divides a step in forward and backward: with `recomputes`, cheap results are not kept.
+
+        The budget is a share of memory that the compiler satisfies with element-wise operations, if it can.
+        """
+        if not self.recomputes:
+            return contextlib.nullcontext()
+        return torch._functorch.config.patch(activation_memory_budget=0.95)
 
     # -- running --------------------------------------------------------------------------------------------
 
@@ -338,15 +403,16 @@ class StaticLoop:
         """Accuracy on every slice of a split."""
         return {label: evaluation.score() for label, evaluation in self._evaluations[split].items()}
 
-    def predict(self, batch: Labelled, prefix_length: int) -> Tensor:
+    def predict(self, batch: Labelled, prefix_length: int, model: LanguageModel | None = None) -> Tensor:
         """Predicted symbols [B, P]. The head computes in float32 (or TF32), whose logits hardly ever tie."""
+        model = self.model if model is None else model
 
         def pick(x: Tensor) -> Tensor:
             return x.gather(1, batch.positions[..., None].expand(-1, -1, x.shape[-1]))
 
         with autocast(self.precision, self.device):
-            hidden = self.model.hidden(batch.tokens, prefix_length, pick)
-        weight = self.model.embedding.weight
+            hidden = model.hidden(batch.tokens, prefix_length, pick)
+        weight = model.embedding.weight
         symbols = kernels.linear_argmax(hidden.flatten(0, 1).to(weight.dtype), weight)
         return symbols.view(batch.positions.shape)
 
@@ -380,6 +446,61 @@ class StaticLoop:
             buffer.copy_(value)
 
 
+@contextlib.contextmanager
+def _counting_kept(rows: int, length: int):
+    """Bytes by storage of what autograd keeps in this block that has an axis of `rows` sequences or of their tokens."""
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if rows in x.shape or rows * length in x.shape:  # not a weight, nor what is made of weights
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        yield kept
+
+
+class _Beside:
+    """Runs `function` in a thread of its own for the time of a block, which waits for its end.
+
+    It only prepares what is done again in earnest: there its errors come again, here they are noted.
+    """
+
+    def __init__(self, device: torch.device, function: Callable[[], None] | None):
+        self._thread = None if function is None else threading.Thread(target=self._run, args=(device, function))
+
+    @staticmethod
+    def _run(device: torch.device, function: Callable[[], None]) -> None:
+        try:
+            # A thread starts out on the first GPU.
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                function()
+        except Exception:
+            log.debug("could not be prepared", exc_info=True)
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> _Beside:
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.wait()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream that graphs are recorded on: libraries keep a workspace for each that they see."""
+    return torch.cuda.Stream(device)
+
+
 class Evaluation:
     """Scores one slice batch by batch, each example's accuracy in a buffer on the device."""
 
@@ -387,7 +508,7 @@ class Evaluation:
         self.loop, self.prefix_length = loop, part.task.prefix_length
         self.data = Labelled(*(compact(tensor) for tensor in labelled))
         self.number, length = self.data.tokens.shape
-        size = max(1, min(loop.config.data.batch_size, EVALUATION_TOKENS // length, self.number))
+        size = loop.evaluation_size(self.number, length)
         self.batches = -(-self.number // size)
         device = loop.device
         self.accuracies = torch.zeros(self.batches * size, dtype=torch.float64, device=device)

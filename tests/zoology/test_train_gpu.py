@@ -476,3 +476,70 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path.write_bytes(b"garbage")
     with pytest.raises(ValueError, match=r"state.pt cannot be read \(.*\): delete it"):
         train(other, checkpoint=path)
+
+
+# -- what is prepared beside other work --------------------------------------------------------------------------
+
+
+def test_what_a_thread_prepares_changes_no_number(monkeypatch):
+    """The loss is tried for every number of labels and a twin predicts at lengths that training lacks."""
+    config = small_run()
+    test = [*config.data.test, Slice(task=MQAR(vocab_size=32, seq_len=40, num_kv_pairs=4), num_examples=30)]
+    config = config.model_copy(update={"data": config.data.model_copy(update={"test": tuple(test)})})
+    plain = train(config, mode="static")
+    forget_loops()
+    done, build, probe = [], graphs.StaticLoop.record_steps, graphs.StaticLoop._probe
+    hidden = LanguageModel.hidden
+    monkeypatch.setattr(
+        LanguageModel,
+        "hidden",
+        lambda self, tokens, *rest: done.append(tuple(tokens.shape)) or hidden(self, tokens, *rest),
+    )
+
+    def probe_beside(loop):
+        with graphs._Beside(loop.device, loop._rehearse_losses):
+            return probe(loop)
+
+    def build_beside(loop):
+        before = len(done)
+        twin = graphs.copy.deepcopy(loop.model)
+        with graphs._Beside(loop.device, lambda: loop._rehearse_evaluation(twin)):
+            pass
+        assert done[before:] == [(24, 40)]
+        build(loop)
+
+    monkeypatch.setattr(graphs.StaticLoop, "_probe", probe_beside)
+    monkeypatch.setattr(graphs.StaticLoop, "record_steps", build_beside)
+    beside = train(config, mode="static")
+    assert [epoch.loss for epoch in beside.epochs] == [epoch.loss for epoch in plain.epochs]
+    assert beside.test == plain.test
+
+
+def test_what_cannot_be_prepared_is_left_to_those_who_need_it():
+    with graphs._Beside(torch.device("cpu"), lambda: 1 / 0) as beside:
+        beside.wait()
+    with graphs._Beside(torch.device("cpu"), None) as nothing:
+        nothing.wait()
+
+
+@pytest.mark.parametrize(("precision", "again"), [("fp32", True), ("bf16", False)])
+def test_a_step_that_keeps_much_computes_some_of_it_again(monkeypatch, precision, again):
+    """What is kept for the backward pass is counted on a few rows, without what does not grow with the batch."""
+    config = small_run(("base_conv",), batch_size=48, precision=precision)
+    data = {split: load_split(config.data, split) for split in ("train", "validation", "test")}
+
+    def build():
+        return graphs.StaticLoop(config, torch.device("cpu"), data, compiled=False, captured=False)
+
+    with graphs._counting_kept(16, 24) as kept:
+        x = torch.ones(16, 24, 8, requires_grad=True)
+        (x.exp() @ torch.ones(8, 4, requires_grad=True).exp()).sum()
+    assert sum(kept.values()) == 16 * 24 * 8 * 4  # the result of exp, which both operations keep; no weight
+    assert not build().recomputes
+    monkeypatch.setattr(graphs, "LARGE_ACTIVATIONS", 1000.0)
+    loop = build()
+    assert loop.recomputes is again
+    before = torch._functorch.config.activation_memory_budget
+    with loop._partitioning():
+        assert (torch._functorch.config.activation_memory_budget < before) is again
+    assert torch._functorch.config.activation_memory_budget == before
