@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from zoology import benchmark
-from zoology.graphs import forget_loops
+from zoology.graphs import MODES, forget_loops
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_protocol_runs_every_learning_rate_to_its_end():
     [
         (["--models", "attention"], "model 'attention': must be NAME"),
         (["--shapes", "64"], "shape '64': must be LENGTHxPAIRS"),
-        (["--mode", "fast"], "--mode 'fast': must be one of auto, eager, compiled graph, graph, compiled, static"),
+        (["--mode", "fast"], f"--mode 'fast': must be one of auto, eager, {', '.join(MODES)}"),
         (["--precisions", "tf32"], "a mode of NVIDIA tensor cores"),
     ],
 )
