@@ -1,4 +1,4 @@
-"""Does arithmetic in fewer bits recall less? Three architectures of `mqar_sweep.py` in each precision, three seeds.
+"""Does arithmetic in fewer bits recall less? Architectures of `mqar_sweep.py` in each precision, three seeds.
 
     python -m zoology.run experiments/precision.py [--scale smoke|laptop|paper]
     python -m zoology.precision_table results/precision-paper
@@ -18,9 +18,10 @@ SEEDS = 3
 MEMBERS = {
     "smoke": {"attention": {}, "sliding_window": {"window": 16}, "based": {"feature_dim": 8}},
     "laptop": {"attention": {}, "based": {"feature_dim": 4}, "deltanet": {"head_dim": 32}},
-    "paper": {"attention": {}, "based": {"feature_dim": 16}, "deltanet": {}},
+    "paper": {"attention": {}, "based": {"feature_dim": 16}, "sliding_window": {"window": 64}, "deltanet": {}},
 }
-"""Softmax, a sum of features with a normaliser, and the delta rule, whose state is corrected and not only added to."""
+"""Softmax, over all and over few tokens, a sum of features with a normaliser, and the delta rule, which corrects its
+state and does not only add to it."""
 
 WIDTH = {"smoke": 32, "laptop": 64, "paper": 128}
 RATE = {"smoke": 1e-2, "laptop": 1e-2, "paper": 3.16228e-3}

@@ -11,14 +11,18 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.mark.parametrize(
-    ("scale", "precisions", "width"),
-    [("smoke", ("fp32", "bf16"), 32), ("laptop", ("fp32", "bf16"), 64), ("paper", ("fp32", "tf32", "bf16"), 128)],
+    ("scale", "models", "precisions", "width"),
+    [
+        ("smoke", 3, ("fp32", "bf16"), 32),
+        ("laptop", 3, ("fp32", "bf16"), 64),
+        ("paper", 4, ("fp32", "tf32", "bf16"), 128),
+    ],
 )
-def test_the_experiment_has_three_models_in_every_precision_with_three_seeds(scale, precisions, width):
+def test_the_experiment_has_every_model_in_every_precision_with_three_seeds(scale, models, precisions, width):
     runs = plan.load_sweep(EXPERIMENTS / "precision.py", scale)
     whole = {run.run_id for run in plan.load_sweep(EXPERIMENTS / "mqar_sweep.py", scale)}
     members = {run.architecture for run in runs}
-    assert len(members) == 3
+    assert len(members) == models
     assert sorted((run.architecture, run.train.precision, run.seed) for run in runs) == sorted(
         (name, precision, seed) for name in members for precision in precisions for seed in range(3)
     )
