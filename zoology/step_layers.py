@@ -79,6 +79,10 @@ def choose_num_parts(rows: int, n: int, d: int, dtype: torch.dtype, device: torc
     # More weights than the cache holds: a step finds none of its own there.
     copies = 2 + 2 * torch.cuda.get_device_properties(device).L2_cache_size // (n * d * dtype.itemsize)
     x, weights = torch.zeros(rows, d, device=device, dtype=dtype), torch.zeros(copies, n, d, device=device, dtype=dtype)
+    try:
+        product_in_parts(x, weights[0], allowed[-1])
+    except RuntimeError:
+        return 1  # the library has no such product for this device
     times = {
         parts: _time(lambda weight, parts=parts: _product(x, weight, None, parts), weights.unbind())
         for parts in allowed
