@@ -543,7 +543,7 @@ def environment() -> dict[str, str]:
 
 def line(record: dict) -> str:
     shape = " ".join(f"{k}{v}" for k, v in record["shape"].items())
-    start = f"{record['op']:<29}{shape:<30}{record['direction']:<15}{record['implementation']:<24}"
+    start = f"{record['op']:<29}{shape:<30}{record['direction']:<22}{record['implementation']:<24}"
     if "refused" in record:
         return start + "refused: " + record["refused"]
     return (
