@@ -9,6 +9,7 @@ On a CPU, or with `graphs=False`, the same step runs operation by operation.
 
 from __future__ import annotations
 
+import collections
 import functools
 import logging
 import weakref
@@ -30,6 +31,10 @@ PREFILL_TOKENS = 1 << 16
 
 RECORDED_PROMPTS = 3
 """Shapes of chunks that a decoder keeps a graph of."""
+
+READ_BEFORE_RECORDED = 2
+"""How often a chunk of a shape is read before it is recorded. Once is too little: what a mixer notes down the first
+time (a backend that runs beside another) is reason enough to compile again, which cannot be done while recording."""
 
 RESERVE_BYTES = 1 << 30
 """Left alone by `check_memory`: kernels, their workspaces, the memory pools' rounding."""
@@ -242,7 +247,7 @@ class Decoder:
         graphs: whether decode steps are recorded as CUDA graphs; "auto": on a CUDA device.
         compiled: whether the small operations of a step are fused by torch.compile; "auto": where graphs are used. It
             costs up to a minute once per machine and model.
-        record_prompts: whether chunks of a prompt are recorded too, when their shape comes for the second time; the
+        record_prompts: whether chunks of a prompt are recorded too, when their shape comes for the third time; the
             memory of their activations is then kept. "auto": on a CUDA device.
 
     Raises DoesNotFit, before anything is allocated, if the states cannot fit, and ValueError for other bad numbers.
@@ -294,7 +299,7 @@ class Decoder:
         self.generator = torch.Generator(self.device)
         self.logits: Tensor | None = None
         self._chunk_bytes: dict[int, int] = {}
-        self._read_before: set[tuple[int, int, bool]] = set()
+        self._times_read: collections.Counter[tuple[int, int, bool]] = collections.Counter()
         self._prompts: dict[tuple[int, int, bool], tuple[Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = None
@@ -409,7 +414,7 @@ class Decoder:
     def _read(self, tokens: Tensor, prefix_length: int) -> Tensor:
         """A chunk of a prompt, the state updated in place -> [B, D], what the last block gives for the last token.
 
-        A chunk of a shape that was read before is recorded as a graph: what the host would do for every layer takes
+        A chunk of a shape that was read twice is recorded as a graph: what the host would do for every layer takes
         longer than the device needs for a few thousand tokens.
         """
         shape = (tokens.shape[1], prefix_length, self.seen == 0)
@@ -418,10 +423,10 @@ class Decoder:
             buffer.copy_(tokens)
             graph.replay()
             last = last.clone()
-        elif self.record_prompts and shape in self._read_before:
+        elif self.record_prompts and self._times_read[shape] >= READ_BEFORE_RECORDED:
             last = self._record_prompt(tokens, *shape)
         else:
-            self._read_before.add(shape)
+            self._times_read[shape] += 1
             last = self._run_blocks(tokens, *shape[1:])
         self.seen += tokens.shape[1]
         return last

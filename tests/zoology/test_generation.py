@@ -8,7 +8,7 @@ import torch
 
 import zoology.graphs
 from architectures import SequenceMixer, register, registry
-from architectures.mixer import state_tensors
+from architectures.mixer import clone_state, state_tensors
 from zoology import generation, presets
 from zoology.config import ModelConfig, layer
 from zoology.generation import Decoder, DoesNotFit
@@ -226,6 +226,40 @@ def test_a_users_mixer_gets_it_for_free(own_mixers, names):
     assert torch.equal(model.generate(tokens[:, :7], 5), argmax_loop(model, tokens[:, :7], 5))
 
 
+class Replayed:
+    """In place of a CUDA graph: runs what was recorded, whose result lies where the first run left it."""
+
+    def __init__(self, run):
+        self.run, self.result = run, run()
+
+    def replay(self):
+        self.result.copy_(self.run())
+
+
+def test_a_chunk_is_recorded_once_two_of_its_shape_were_read(monkeypatch):
+    model, tokens, recorded = build(EXPANDED, BASED, ATTENTION), draw(2, 21), []
+
+    def record(decoder, run, generator=None):
+        before = clone_state(decoder.state)
+        graph = Replayed(run)
+        for (_, tensor), (_, old) in zip(state_tensors(decoder.state), state_tensors(before)):
+            tensor.copy_(old)  # recording runs nothing
+        recorded.append(graph)
+        return graph, graph.result
+
+    decoder = Decoder(model, 2, 21, chunk_size=4)
+    decoder.record_prompts = True
+    monkeypatch.setattr(Decoder, "_record", record)
+    counts = []
+    for _ in range(4):
+        decoder.reset()
+        actual = decoded_logits(decoder, tokens, 18)
+        assert torch.allclose(actual, model(tokens)[:, 17:], rtol=1e-8, atol=1e-11)
+        counts.append(len(recorded))
+    # Chunks of 4 on an empty state, three times 4 behind it, and 2: the middle ones come often enough in one prompt.
+    assert counts == [1, 1, 3, 3]
+
+
 # -- compiled --------------------------------------------------------------------------------------------------
 
 
@@ -386,8 +420,8 @@ def test_graphs_on_the_device(name, compiled):
         return float((logits.float() - reference).norm() / reference.norm())
 
     decoder = Decoder(model, 4, 320, chunk_size=80, compiled=compiled)
-    # Prompts of 80 + 80 + 60 tokens: by operations, while they are recorded, and as replays.
-    for recorded in (0, 3, 3):
+    # Prompts of 80 + 80 + 60 tokens: by operations twice, while they are recorded, and as replays.
+    for recorded in (0, 0, 3, 3):
         decoder.reset()
         assert error(decoded_logits(decoder, tokens, 220, prefix_length)) < 1.25 * error(parallel[:, 219:])
         assert len(decoder._prompts) == recorded
@@ -408,7 +442,7 @@ def test_what_waits_for_the_device_runs_without_graphs_and_says_so(own_mixers, c
     model, tokens = build(layer("own_waits")).cuda(), draw(2, 9).cuda()
     decoder = Decoder(model, 2, 9, compiled=False)
     with caplog.at_level("WARNING", logger="zoology"):
-        for _ in range(2):
+        for _ in range(3):
             decoder.reset()
             actual = decoded_logits(decoder, tokens, 5)
             assert torch.allclose(actual, model(tokens)[:, 4:], rtol=1e-9, atol=1e-12)
