@@ -342,8 +342,9 @@ def notes(comparison: Comparison) -> list[str]:
     lines += _spread_lines(points)
     lines += [f"differs from the protocol in {text}" for text in comparison.departures]
     for memory in _memories(comparison):
-        summary, *pairs = order_lines(points, memory)
-        lines += [f"order at equal {_memory_name(memory)}: {summary}", *(f"  {pair}" for pair in pairs)]
+        if any(row["decided"] for row in order(points, memory)):
+            summary, *pairs = order_lines(points, memory)
+            lines += [f"order at equal {_memory_name(memory)}: {summary}", *(f"  {pair}" for pair in pairs)]
     lines.append(f"cost: {cost(comparison)}")
     lines += _unfinished_lines(comparison)
     if comparison.missing:
@@ -382,7 +383,7 @@ def cells(row: pd.Series) -> tuple[str, ...]:
         str(row["num_seeds"]),
         f"{row['hardest']:.3f}",
         f"{'~' if row['approximate'] else ''}{row['published']:.3f}",
-        f"{row['difference']:+.3f}",
+        f"{round(row['difference'], 3) + 0.0:+.3f}",
         MARKS[row["verdict"]],
     )
 

@@ -66,9 +66,10 @@ def _written(directory: Path) -> str:
 
 def _part(figure: Figure, comparisons: Sequence[Comparison], written: str = "") -> str:
     picture = f"![{figure.title}, measured and published]({figure.directory}/beside_published.png)"
+    command = f"python -m zoology.run {figure.experiment} --scale paper{_precision(comparisons)}"
     told = (
-        f"*Filled markers are measured here, hollow ones published (grey: not run here yet); `python -m zoology.run "
-        f"{figure.experiment} --scale paper`, drawn from the raw records in [{figure.directory}]({figure.directory}).*"
+        f"*Filled markers are measured here, hollow ones published (grey: not run here yet); `{command}`, drawn from "
+        f"the raw records in [{figure.directory}]({figure.directory}).*"
     )
     blocks = [f"### {figure.title}", _how_far(comparisons), picture, told]
     for comparison in comparisons:
@@ -77,6 +78,12 @@ def _part(figure: Figure, comparisons: Sequence[Comparison], written: str = "") 
             block = [f"<details><summary>{comparison.protocol.title}</summary>", *block, "</details>"]
         blocks += block
     return "\n\n".join([*blocks, *filter(None, [written])])
+
+
+def _precision(comparisons: Sequence[Comparison]) -> str:
+    """The option that all runs were made with, if it is not the experiment's own precision and one for all."""
+    names = {name for comparison in comparisons for name in comparison.frame["precision"]}
+    return f" --precision {names.pop()}" if len(names) == 1 and "fp32" not in names else ""
 
 
 def _how_far(comparisons: Sequence[Comparison]) -> str:

@@ -224,6 +224,13 @@ def test_the_order_at_equal_memory(points):
     assert rows[32_768]["decided"] == 6
 
 
+def test_one_architecture_has_no_order_and_no_difference_has_no_sign(sweep, make_record):
+    accuracy = 0.912 - 1e-5
+    (comparison,) = compare.compare([make_record(chosen(sweep, "based", 64, feature_dim=16)[0.01], accuracy)])
+    assert not any("order" in line for line in compare.notes(comparison))
+    assert compare.cells(comparison.points.iloc[0])[-2:] == ("+0.000", "")
+
+
 def test_pairs_within_the_spread_are_not_decided():
     ranked = compare._ranked({"a": (0.50, 0.1, 0.02, 0.1), "b": (0.52, 0.2, 0.02, 0.1), "c": (0.9, 0.15, 0.02, 0.02)})
     assert ranked["decided"] == 2

@@ -178,16 +178,21 @@ def test_a_figure_is_the_same_twice(based, tmp_path):
     assert first == second
 
 
+def outputs_of(name):
+    """What a notebook shows, cell by cell."""
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
 @pytest.mark.parametrize(
     ("name", "file", "pictures"),
     [("based_figure2", "mqar_sweep.py", 3), ("zoology_figure2", "zoology_figure2.py", 4)],
 )
 def test_the_notebooks_run(name, file, pictures, made_up, write_records, monkeypatch):
     monkeypatch.setenv("ZOOLOGY_RESULTS", str(write_records(made_up[file])))
-    path = ROOT / "notebooks" / f"{name}.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    outputs = outputs_of(name)
     drawn = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     assert len(drawn) == pictures
     assert min(map(len, drawn)) > 20_000
@@ -195,6 +200,17 @@ def test_the_notebooks_run(name, file, pictures, made_up, write_records, monkeyp
     assert "differs from the protocol in shuffled batches: True instead of False" in text
     tables = [output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {})]
     assert "published" in tables[0]
+
+
+def test_the_notebook_shows_the_records_of_this_repository(monkeypatch):
+    monkeypatch.delenv("ZOOLOGY_RESULTS", raising=False)
+    (comparison,) = compare.load(ROOT / results_page.FIGURES[0].directory)
+    outputs = outputs_of("based_figure2")
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    printed = [output["text"] for output in outputs if output.output_type == "stream" and output.name == "stdout"]
+    assert "".join(printed) == "\n".join(compare.notes(comparison)) + "\n"
+    table = next(output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {}))
+    assert table.count("<tr>") == 1 + len(comparison.points)
 
 
 # -- the README's section -----------------------------------------------------------------------------------
@@ -232,6 +248,7 @@ def test_the_section_is_written_once_and_then_replaced(root):
     assert results_page.replace_section(first.replace("0.189", "0.5"), root) == first
     drawn = {path.name for path in (root / results_page.FIGURES[0].directory).glob("*.png")}
     assert drawn == {"beside_published.png", "learning_rates.png", "training_time.png"}
+    assert "`python -m zoology.run experiments/mqar_sweep.py --scale paper`" in first
     pictures = [line.split("(")[1][:-1] for line in first.splitlines() if line.startswith("![")]
     assert pictures == ["experiments/results/based_figure2/beside_published.png"]
     assert (root / pictures[0]).is_file()
@@ -245,6 +262,15 @@ def test_the_section_says_how_far_it_is_and_takes_over_what_was_written(root, ma
     assert results_page.replace_section(section, root).endswith(
         "\n\nWhy they differ.\n\n<!-- end results -->\n\n## Layout\n\nmore\n"
     )
+
+
+def test_the_section_names_the_precision_of_all_runs(paper_runs, make_record):
+    (run,) = [run for run in paper_runs("mqar_sweep.py") if run.architecture == "attention"][:1]
+    record, other = make_record(run, 0.9), make_record(run.model_copy(update={"seed": 1}), 0.9)
+    for precisions, option in ((("bf16", "bf16"), " --precision bf16"), (("fp32", "bf16"), ""), (("fp32", "fp32"), "")):
+        records = [part | {"precision": precision} for part, precision in zip((record, other), precisions)]
+        text = results_page._part(results_page.FIGURES[0], compare.compare(records))
+        assert f"experiments/mqar_sweep.py --scale paper{option}`" in text
 
 
 def test_several_lengths_are_folded(zoology):
