@@ -36,10 +36,13 @@ class PrefixLinearAttention(Based):
     state is empty is read off its key_sum, whose constant feature counts keys; that read waits for the device.
 
     Nothing else of the published models is non-causal: in their language models the short convolutions and sliding
-    windows beside this layer stay causal, and so do `base_conv` and `sliding_window` here, which take no prefix. Their
-    set disjointness model (HazyResearch/prefix-linear-attention, 7490f22) has no separate k', v', drops the order of
-    all tokens instead, and wraps its convolution around the ends of the sequence; that form is not reproduced. Checked
-    against the definition with explicit weights, token by token: there is no other code of it that runs on a CPU.
+    windows beside this layer stay causal, and so do `base_conv` and `sliding_window` here, which take no prefix.
+    Checked against the definition with explicit weights, token by token: no other code of it runs on a CPU.
+
+    Their set disjointness models (HazyResearch/prefix-linear-attention, 7490f22, synthetic/zoology) differ from the
+    paper's formula and from this: causal or not, they divide by the token's weight for itself, w_tt, in place of the
+    sum of weights (`train_view: quadratic`), and a dense layer stands before and after the convolution. The one that
+    is not causal has no separate k', v'; it drops the order of all tokens, and its convolution wraps around the ends.
     """
 
     State = PrefixState
