@@ -242,7 +242,13 @@ def prefill_page(document: dict[str, Any], batch: int = 1) -> str:
     for length in speeds.index:
         told = speeds.loc[length].unstack(0).reindex(models)
         rows.append(
-            (f"{length:,}", *(f"{row.tokens_per_ms:.0f} ({row.share_of_bound:.0%})" for row in told.itertuples()))
+            (
+                f"{length:,}",
+                *(
+                    "-" if np.isnan(row.tokens_per_ms) else f"{row.tokens_per_ms:.0f} ({row.share_of_bound:.0%})"
+                    for row in told.itertuples()
+                ),
+            )
         )
         if told.get("published", pd.Series(dtype=float)).notna().any():
             cells = ("-" if np.isnan(value) else f"{value:.1f}" for value in told["published"])

@@ -57,6 +57,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": task_table,
     "generation": of_throughput("generation_page"),
     "prefill": of_throughput("prefill_page"),
+    "reading_twice": of_throughput("reading_twice_page"),
 }
 _COMMON_OPTIONS = frozenset({"d_model", "backend", "layer_idx", "n_layers"})
 
