@@ -37,8 +37,8 @@ def smoke() -> list[RunConfig]:
 def laptop() -> list[RunConfig]:
     """On two cores in minutes: 8 pairs at three states, and sets of 2 and 32 in both orders; two seeds.
 
-    The pairs at two learning rates: at 5e-3 two passes are far from learned in these few steps. For the sets see
-    `laptop_sets`.
+    The pairs at one learning rate, which beat 1e-2 on validation for 11 of 12 models and numbers of passes; at 5e-3 two
+    passes are far from learned in these few steps. For the sets see `laptop_sets`.
     """
     models = ("based", "prefix_linear_attention")
     for_pairs = [layer(name, feature_dim=feature_dim) for name in models for feature_dim in (1, 2, 4)]
@@ -46,7 +46,7 @@ def laptop() -> list[RunConfig]:
     pairs = [(MQAR(vocab_size=64, seq_len=16, num_kv_pairs=4), 10_000), asked]
     common = {"embed_dropout": 0.0, "schedule": "step", "batch_size": 64}
     return [
-        *runs(pairs, [asked], for_pairs, 64, width=32, n_layers=2, epochs=4, rates=[1e-2, 2e-2], seeds=2, **common),
+        *runs(pairs, [asked], for_pairs, 64, width=32, n_layers=2, epochs=4, rates=[2e-2], seeds=2, **common),
         *laptop_sets(),
     ]
 
