@@ -54,9 +54,10 @@ def laptop() -> list[RunConfig]:
 def laptop_sets() -> list[RunConfig]:
     """Sets of 2 and 32, either first, read once and twice by one causal model, and once by a prefix model.
 
-    Not as published, so that a small model can learn in 12,000 steps what a second pass is good for (of seeds 0 to 3 one
-    does, see README.md): learned positions, by which a token can tell in which pass and set it stands, and linear
-    attention whose weights q.k have either sign.
+    Not as published, so that a small model can learn in 12,000 steps what a second pass is good for: learned positions,
+    by which a token can tell in which pass and set it stands, and linear attention whose weights q.k have either sign.
+    Of seeds 0 to 3 one learns it (README.md).
+
     The weights of Based are at least 1/2: every token always mixes with all others, and learns late to tell them apart.
     """
     orders = [sets(80, 2, 32), sets(80, 32, 2)]
