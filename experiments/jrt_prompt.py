@@ -136,7 +136,6 @@ def runs(
     batch_size: int,
     embed_dropout: float = 0.1,
     seeds: int = 1,
-    passes: tuple[int, ...] = PASSES,
     **options,
 ) -> list[RunConfig]:
     """Every mixer behind a short convolution, at every number of passes; a prefix is read once."""
@@ -160,7 +159,7 @@ def runs(
             seed=seed,
         )
         for mixer in mixers
-        for num_passes in (passes if mixer.name != "prefix_linear_attention" else (1,))
+        for num_passes in (PASSES if mixer.name != "prefix_linear_attention" else (1,))
         for rate in rates
         for seed in range(seeds)
     ]

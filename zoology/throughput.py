@@ -287,7 +287,7 @@ class Bench:
     def _measured(self, point: Point, ready: Ready) -> dict[str, Any]:
         times = repeated(ready.run, self.effort)
         parts = [self._bound(moved) for moved in self._moved(point, element_sizes(ready.decoder.state.layers))]
-        taken, record = [sum(one) for one in times], {}
+        taken = [sum(one) for one in times]
         if point.kind == "generation":
             sizes, at = _segments(point), point.length
             for size, part, of_part in zip(sizes, parts, zip(*times)):
@@ -613,6 +613,7 @@ def _measure(
     for bench, wanted in _benches(missing, device, dtype, found["ceilings"], effort):
         for point in wanted:
             records.add(bench.measure(point))
+        del bench
         free_memory(device)
     return records.document
 
