@@ -20,7 +20,6 @@ __all__ = ["TaylorState", "num_taylor_features", "taylor_linear_attention", "tay
 MAX_TRITON_FEATURE_DIM = 32
 LONGEST_QUADRATIC = 512
 BACKENDS = ("auto", "reference", "triton")
-NORMALIZERS = ("sum", "own")
 
 
 def taylor_linear_attention(
@@ -31,7 +30,6 @@ def taylor_linear_attention(
     scale: float | None = None,
     initial_state: TaylorState | None = None,
     output_final_state: bool = False,
-    normalizer: str = "sum",
     backend: str = "auto",
 ) -> tuple[Tensor, TaylorState | None]:
     """Causal attention with weights 1 + s + s^2 / 2, s = scale * q.k, normalised by their sum.
@@ -43,7 +41,6 @@ def taylor_linear_attention(
         initial_state: memory of the tokens before, kv [B, H, F, V] and key_sum [B, H, F], any floating dtype.
         output_final_state: also return the memory after the last token, in the dtype of `initial_state`, or float32
             (float64 for float64 inputs) without one.
-        normalizer: "sum", or "own" to divide by the token's weight for itself (reference only).
         backend: "reference" (plain PyTorch), "triton", or "auto": triton where it supports the input,
             but the reference for float32 up to 512 tokens, where it is faster.
 
@@ -60,7 +57,7 @@ def taylor_linear_attention(
     check_qkv(q, k, v, axes="BTH")
     scale = check_scale(scale, q.shape[-1])
     check_state(initial_state, q.shape[0], q.shape[2], q.shape[3], v.shape[3], q.device)
-    if choose_backend(backend, q, normalizer) == "triton":
+    if choose_backend(backend, q) == "triton":
         from kernels.taylor_linear_attention import triton as impl
 
         return impl.taylor_linear_attention_triton(
@@ -70,14 +67,7 @@ def taylor_linear_attention(
     whole = {"chunk_size": LONGEST_QUADRATIC} if q.device.type == "cuda" and q.shape[1] <= LONGEST_QUADRATIC else {}
     with torch.autocast(q.device.type, enabled=False):
         return taylor_linear_attention_reference(
-            q,
-            k,
-            v,
-            scale=scale,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            normalizer=normalizer,
-            **whole,
+            q, k, v, scale=scale, initial_state=initial_state, output_final_state=output_final_state, **whole
         )
 
 
@@ -88,7 +78,6 @@ def taylor_linear_attention_step(
     state: TaylorState,
     *,
     scale: float | None = None,
-    normalizer: str = "sum",
     backend: str = "auto",
     inplace: bool = False,
 ) -> tuple[Tensor, TaylorState]:
@@ -96,7 +85,7 @@ def taylor_linear_attention_step(
 
     Args:
         q, k: [B, H, f]; v: [B, H, V] of the same dtype; state: kv [B, H, F, V] and key_sum [B, H, F].
-        scale, normalizer, backend: as in `taylor_linear_attention`. The triton step has no gradient.
+        scale, backend: as in `taylor_linear_attention`. The triton step has no gradient.
         inplace: the triton step may write the new state over the old one, and then returns that one.
 
     Returns:
@@ -114,14 +103,14 @@ def taylor_linear_attention_step(
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *state))
     if backend == "triton" and wants_grad:
         raise ValueError("backend='triton' has no gradient for a decode step; allowed: 'reference', or no_grad")
-    if choose_backend("reference" if backend == "auto" and wants_grad else backend, q, normalizer) == "triton":
+    if choose_backend("reference" if backend == "auto" and wants_grad else backend, q) == "triton":
         from kernels.taylor_linear_attention import triton as impl
 
         if inplace and state.kv.is_contiguous() and state.key_sum.is_contiguous():
             return impl.taylor_linear_attention_step_inplace(q, k, v, state, scale=scale)
         return impl.taylor_linear_attention_step_triton(q, k, v, state, scale=scale)
     with torch.autocast(q.device.type, enabled=False):
-        return taylor_linear_attention_step_reference(q, k, v, state, scale=scale, normalizer=normalizer)
+        return taylor_linear_attention_step_reference(q, k, v, state, scale=scale)
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -192,15 +181,13 @@ def check_state(
             raise ValueError(f"{name}.{field} is on {x.device}; allowed: {device}, the device of q")
 
 
-def choose_backend(backend: str, q: Tensor, normalizer: str = "sum") -> str:
+def choose_backend(backend: str, q: Tensor) -> str:
     """The backend that runs: a named one or an error with the reason; `auto` takes triton where it can."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
-    if normalizer not in NORMALIZERS:
-        raise ValueError(f"normalizer is {normalizer!r}; allowed: {', '.join(NORMALIZERS)}")
     if backend == "reference":
         return backend
-    refusal = triton_refusal(q, normalizer)
+    refusal = triton_refusal(q)
     if backend == "triton" and refusal:
         raise ValueError(f"backend='triton' cannot run here: {refusal}")
     if backend == "triton":
@@ -210,10 +197,8 @@ def choose_backend(backend: str, q: Tensor, normalizer: str = "sum") -> str:
     return "reference" if refusal or short else "triton"
 
 
-def triton_refusal(q: Tensor, normalizer: str = "sum") -> str | None:
+def triton_refusal(q: Tensor) -> str | None:
     """Why the Triton kernels do not take q [B, T, H, f], or [B, H, f] for a step; None if they do."""
-    if normalizer != "sum":
-        return f"normalizer={normalizer!r} has no Triton kernel"
     if found := triton_support.refusal("q", q):
         return found
     if q.shape[-1] > MAX_TRITON_FEATURE_DIM:

@@ -19,8 +19,7 @@ can compute i and j from p without a table.
     S_t = sum_{u <= t} phi(k_u) v_u^T,    z_t = sum_{u <= t} phi(k_u),    o_t = phi(q_t).S_t / phi(q_t).z_t
 
 1 + s + s^2 / 2 = ((1 + s)^2 + 1) / 2 >= 1/2, so the normaliser is at least half the number of tokens seen: it needs
-no epsilon. With normalizer "own" the sum is divided by the weight of the token itself instead, which is at least 1/2:
-o_t = phi(q_t).S_t / phi(q_t).phi(k_t).
+no epsilon.
 """
 
 from __future__ import annotations
@@ -93,14 +92,8 @@ def naive_taylor_linear_attention(
     return torch.stack(outputs, dim=1), state
 
 
-def own_weight(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """The weight 1 + s + s^2 / 2 of every token for itself, [..., f] -> [..., 1]."""
-    s = scale * (q * k).sum(-1, keepdim=True)
-    return 1 + s * (1 + 0.5 * s)
-
-
 def taylor_linear_attention_step_reference(
-    q: Tensor, k: Tensor, v: Tensor, state: TaylorState, *, scale: float, normalizer: str = "sum"
+    q: Tensor, k: Tensor, v: Tensor, state: TaylorState, *, scale: float
 ) -> tuple[Tensor, TaylorState]:
     """One step: q k [B, H, f], v [B, H, V]; the state is rounded to its own dtype after the output."""
     acc = accumulation_dtype(q.dtype, state)
@@ -108,10 +101,7 @@ def taylor_linear_attention_step_reference(
     kv = state.kv.to(acc) + phi_k.unsqueeze(-1) * v.to(acc).unsqueeze(-2)
     key_sum = state.key_sum.to(acc) + phi_k
     numerator = (phi_q.unsqueeze(-2) @ kv).squeeze(-2)
-    if normalizer == "own":
-        denominator = own_weight(q.to(acc), k.to(acc), scale)
-    else:
-        denominator = (phi_q * key_sum).sum(-1, keepdim=True)
+    denominator = (phi_q * key_sum).sum(-1, keepdim=True)
     return (numerator / denominator).to(v.dtype), TaylorState(kv.to(state.kv.dtype), key_sum.to(state.key_sum.dtype))
 
 
@@ -124,7 +114,6 @@ def taylor_linear_attention_reference(
     initial_state: TaylorState | None = None,
     output_final_state: bool = False,
     chunk_size: int = 128,
-    normalizer: str = "sum",
 ) -> tuple[Tensor, TaylorState | None]:
     """Chunked form: quadratic inside a chunk, through the state between chunks; accumulates in float32 or float64.
 
@@ -139,14 +128,11 @@ def taylor_linear_attention_reference(
         qc, kc, vc = (x[:, :, start : start + chunk_size] for x in (q, k, v))
         s = (qc * scale) @ kc.transpose(-1, -2)
         weights = (1 + s * (1 + 0.5 * s)).tril()
-        own = normalizer == "own"
-        numerator = weights @ vc
-        denominator = own_weight(qc, kc, scale) if own else weights.sum(-1, keepdim=True)
+        numerator, denominator = weights @ vc, weights.sum(-1, keepdim=True)
         if state is not None:
             phi_q = taylor_features(qc, scale)
             numerator = numerator + phi_q @ state.kv
-            if not own:
-                denominator = denominator + phi_q @ state.key_sum.unsqueeze(-1)
+            denominator = denominator + phi_q @ state.key_sum.unsqueeze(-1)
         outputs.append(numerator / denominator)
         if output_final_state or start + chunk_size < length:
             state = taylor_state_reference(kc, vc, scale=scale, initial_state=state)
