@@ -33,8 +33,9 @@ class Comparison(NamedTuple):
     """Runs that are tested as one published figure is, beside it.
 
     `points`: one row per published point that has been run (see `compare`). `missing`: the published points that have
-    not. `unpublished`: models run that the figure does not have. `departures`: in what runs differ from the
-    protocol. `unfinished`: models of `frame` and why the protocol's learning rates have no result there, as text.
+    not, and `only_published` those among these that no grid of the papers' code has. `unpublished`: models run that the
+    figure does not have. `departures`: in what runs differ from the protocol. `unfinished`: models of `frame`, as
+    (architecture, model), and why the protocol's learning rates have no result there, as text.
     `left_out`: runs tested on other examples than most. `frame`: the results table of all the others, and `devices`
     what they ran on.
     """
@@ -43,9 +44,10 @@ class Comparison(NamedTuple):
     points: pd.DataFrame
     frame: pd.DataFrame
     missing: list[Point]
+    only_published: list[Point]
     unpublished: list[str]
     departures: list[str]
-    unfinished: dict[str, str]
+    unfinished: dict[tuple[str, str], str]
     left_out: int
     devices: list[str]
 
@@ -58,9 +60,10 @@ def compare(records: Iterable[dict[str, Any]], failed: Iterable[tuple[dict[str, 
     A run repeats a point if it is tested on the figure's slices and is the same model (`published.matches`). Where
     several models are, as the figure's best of equal state, the one best on validation is taken. Columns of `points`:
     what identifies the model, `state_bytes` as measured and `field_bytes` as published; `accuracy` with `low`, `high`,
-    `num_seeds`; `num_rates` of the protocol's learning rates that have a result; `hardest` on the slice that needs
-    most bits; `minutes` of computing over all its rates and seeds; `published` with `precision` and `approximate`;
-    `difference`; `spread_low` and `spread_high`, what is known of how far repeats lie apart; `verdict` (see there).
+    `num_seeds`; `num_rates`, how many of the protocol's `all_rates` learning rates have a result; `hardest` on the
+    slice that needs most bits; `minutes` of computing over all its rates and seeds; `published` with `precision` and
+    `approximate`; `difference`; `spread_low` and `spread_high`, what is known of how far repeats lie apart; `verdict`
+    (see there).
 
     Raises ResultsError if no record repeats a published point.
     """
@@ -104,13 +107,13 @@ def _compare(protocol: Protocol, records: list[dict[str, Any]], failed: list[tup
         name: [rate for rate in protocol.learning_rates if not np.isclose(group["lr"], rate, rtol=1e-4).any()]
         for name, group in runs.groupby("point_id")
     }
-    rows, missing, used = [], [], set()
+    rows, missing, only_published, used = [], [], [], set()
     for point in published.points(protocol.name):
         candidates = [
             name for name, model in models.items() if model and published.matches(point, model, protocol.seq_len)
         ]
         if not candidates:
-            missing.append(point)
+            (missing if point.in_grid else only_published).append(point)
             continue
         best = min(candidates, key=lambda name: (len(away[name]), -means.loc[name, "validation_accuracy"]))
         used.update(candidates)
@@ -119,6 +122,7 @@ def _compare(protocol: Protocol, records: list[dict[str, Any]], failed: list[tup
             "hardest": float(hardest[best]),
             "minutes": float(minutes[best]),
             "num_rates": len(protocol.learning_rates) - len(missing_rates[best]),
+            "all_rates": len(protocol.learning_rates),
             "d_model": models[best].d_model,
         }
         rows.append(_row(point, means.loc[best], extra))
@@ -127,13 +131,22 @@ def _compare(protocol: Protocol, records: list[dict[str, Any]], failed: list[tup
     said = [
         text + ("" if count == len(records) else f" ({count} of {len(records)} runs)") for text, count in counts.items()
     ]
-    labels = {name: f"{row['architecture']} {row['point']}" for name, row in means.iterrows()}
+    labels = {name: (row["architecture"], row["point"]) for name, row in means.iterrows()}
     unfinished = {
         labels[name]: _why_no_result(configs[name], rates, failed) for name, rates in missing_rates.items() if rates
     }
-    left_out = frame["run_id"].nunique() - len(run_ids)
-    devices = sorted({record["device"]["name"] for record in records})
-    return Comparison(protocol, pd.DataFrame(rows), kept, missing, sorted(unused), said, unfinished, left_out, devices)
+    return Comparison(
+        protocol=protocol,
+        points=pd.DataFrame(rows),
+        frame=kept,
+        missing=missing,
+        only_published=only_published,
+        unpublished=sorted(unused),
+        departures=said,
+        unfinished=unfinished,
+        left_out=frame["run_id"].nunique() - len(run_ids),
+        devices=sorted({record["device"]["name"] for record in records}),
+    )
 
 
 def _why_no_result(config: dict[str, Any], rates: list[float], failed: list[tuple[dict[str, Any], str]]) -> str:
@@ -144,7 +157,11 @@ def _why_no_result(config: dict[str, Any], rates: list[float], failed: list[tupl
         if all(other[key] == config[key] for key in ("architecture", "model", "data"))
         and other["train"] | {"lr": None} == config["train"] | {"lr": None}
     }
-    return "; ".join(f"{rate:g} " + (f"failed, {messages[rate]}" if rate in messages else "not run") for rate in rates)
+    by_reason: dict[str, list[str]] = {}
+    for rate in rates:
+        reason = f"failed, {messages[rate]}" if rate in messages else "not run"
+        by_reason.setdefault(reason, []).append(f"{rate:.3g}")
+    return "; ".join(f"{', '.join(names)} {reason}" for reason, names in by_reason.items())
 
 
 def _model(config: dict[str, Any]) -> ModelConfig | None:
@@ -245,12 +262,13 @@ def to_json(comparisons: Sequence[Comparison]) -> str:
                 "title": comparison.protocol.title,
                 "source": comparison.protocol.source,
                 "departures": comparison.departures,
-                "unfinished": comparison.unfinished,
+                "unfinished": {" ".join(model): why for model, why in comparison.unfinished.items()},
                 "left_out": comparison.left_out,
                 "cost": cost(comparison),
                 "points": comparison.points.to_dict("records"),
                 "order": {memory: order(comparison.points, memory) for memory in _memories(comparison)},
                 "missing": [point._asdict() for point in comparison.missing],
+                "only_published": [point._asdict() for point in comparison.only_published],
                 "unpublished": comparison.unpublished,
             }
             for comparison in comparisons
@@ -281,7 +299,8 @@ def _no_protocol(records: list[dict[str, Any]]) -> str:
 
 def _no_point(found: list[Comparison]) -> str:
     ran = sorted({name for comparison in found for name in comparison.unpublished})
-    there = sorted({f"{point.architecture} {point.label}" for comparison in found for point in comparison.missing})
+    every = (point for comparison in found for point in published.points(comparison.protocol.name))
+    there = sorted({f"{point.architecture} {point.label}" for point in every})
     figures = ", ".join(comparison.protocol.title for comparison in found)
     return f"no model of the runs is in {figures}: run were {'; '.join(ran[:8])}; published are {'; '.join(there)}"
 
@@ -291,7 +310,7 @@ def _tests(rows: Iterable[tuple[int, int, int]]) -> str:
 
 
 TITLES = (
-    "architecture", "model", "state bytes", "field's", "accuracy", "95% interval", "seeds", "hardest slice",
+    "architecture", "model", "state bytes", "field's", "accuracy", "95% interval", "rates", "seeds", "hardest slice",
     "published", "difference", "",
 )  # fmt: skip
 
@@ -349,6 +368,9 @@ def notes(comparison: Comparison) -> list[str]:
     lines += _unfinished_lines(comparison)
     if comparison.missing:
         lines.append("not run: " + not_run(comparison))
+    if comparison.only_published:
+        only = "; ".join(map(_said, comparison.only_published))
+        lines.append(f"published only, in no grid of the papers' code: {only}")
     if comparison.unpublished:
         lines.append("not published: " + "; ".join(comparison.unpublished))
     if comparison.left_out:
@@ -380,6 +402,7 @@ def cells(row: pd.Series) -> tuple[str, ...]:
         "" if pd.isna(row["field_bytes"]) else f"{int(row['field_bytes']):,}",
         f"{row['accuracy']:.3f}",
         "" if pd.isna(row["low"]) else f"{row['low']:.3f}-{row['high']:.3f}",
+        f"{row['num_rates']} of {row['all_rates']}",
         str(row["num_seeds"]),
         f"{row['hardest']:.3f}",
         f"{'~' if row['approximate'] else ''}{row['published']:.3f}",
@@ -408,14 +431,21 @@ def order_lines(points: pd.DataFrame, memory: str) -> list[str]:
 
 def _unfinished_lines(comparison: Comparison) -> list[str]:
     """Learning rates without a result, one line for all models that lack the same for the same reason."""
-    by_reason: dict[str, list[str]] = {}
-    for model, why in comparison.unfinished.items():
-        by_reason.setdefault(why, []).append(model)
-    every = comparison.frame["point_id"].nunique()
-    return [
-        f"learning rates without a result: {why} ({'; '.join(models) if len(models) < every else 'every model'})"
-        for why, models in by_reason.items()
-    ]
+    by_reason: dict[str, dict[str, list[str]]] = {}
+    for (architecture, model), why in comparison.unfinished.items():
+        by_reason.setdefault(why, {}).setdefault(architecture, []).append(model)
+    counts = comparison.frame.drop_duplicates("point_id")["architecture"].value_counts().to_dict()
+    return [f"learning rates without a result: {why} ({_models(found, counts)})" for why, found in by_reason.items()]
+
+
+def _models(found: dict[str, list[str]], counts: dict[str, int]) -> str:
+    """Models by architecture, as text; `counts` are the models that each architecture has in all."""
+    if sum(map(len, found.values())) == sum(counts.values()):
+        return "every model"
+    return "; ".join(
+        f"every {name}" if len(models) == counts[name] > 1 else "; ".join(f"{name} {model}" for model in models)
+        for name, models in found.items()
+    )
 
 
 def not_run(comparison: Comparison) -> str:

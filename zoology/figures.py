@@ -1,8 +1,8 @@
 """Figures of the published protocols: accuracy beside the published one, learning rates, training time.
 
 Each takes what `zoology.compare.compare` returns, or one part of it, and gives a matplotlib figure. Filled markers are
-measured here, hollow ones published, grey where they have not been run here; a white dot: the selected learning rate
-lies at the edge of its grid.
+measured here, hollow ones published, small grey ones published and not run here. A hollow one without a filled one is
+in no grid of the papers' code. A white dot: the selected learning rate lies at the edge of its grid.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pandas as pd
 
 from zoology import plot, results
 from zoology.compare import Comparison
+from zoology.published import Point
 
 
 def beside_published(comparison: Comparison):
@@ -30,13 +31,14 @@ def beside_published(comparison: Comparison):
     table, names = results.select(frame), results.slice_names(frame)
     looks = plot.styles(plot.by_name(frame))
     limits = plot.state_limits(frame, table)
-    published = [*points["field_bytes"], *(point.field_bytes for point in comparison.missing if point.field_bytes)]
+    not_here = [*comparison.missing, *comparison.only_published]
+    published = [*points["field_bytes"], *(point.field_bytes for point in not_here if point.field_bytes)]
     limits = min(limits[0], min(published) / 1.6), max(limits[1], max(published) * 1.6)
     with rc_context(plot.RC):
         figure = Figure(figsize=(10.8, 5.0), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         _draw_published(left, points, looks)
-        _draw_missing(left, comparison, "field_bytes")
+        _draw_not_here(left, comparison, looks, "field_bytes")
         for axis, name, of_bound in ((left, results.MEAN, names), (right, names[-1], names[-1:])):
             plot.draw_bound(axis, frame, of_bound, limits)
             _draw_measured(axis, table[table["slice"] == name], looks, "state_bytes")
@@ -64,7 +66,7 @@ def by_width(comparisons: Sequence[Comparison]):
             means = table[table["slice"] == results.MEAN]
             means = means.assign(width=means["point_id"].map(widths))
             _draw_published(axis, comparison.points, looks, "d_model", joined=True)
-            _draw_missing(axis, comparison, "d_model")
+            _draw_not_here(axis, comparison, looks, "d_model")
             _draw_measured(axis, means, looks, "width", best_only=False)
             published = {point.d_model for point in comparison.missing}
             axis.set(xscale="log", xlabel="d_model", xticks=sorted({*widths, *published}))
@@ -214,17 +216,29 @@ def _draw_published(
             axis.plot(
                 [group[x], group["state_bytes"]], [group["published"], group["accuracy"]], color="0.6", lw=0.6, zorder=1
             )
-        axis.plot(
-            group[x], group["published"], ls="none", marker=look.marker, ms=_size(look.marker, 6.5), mew=0.8,
-            mfc="none", color=look.color, zorder=2, clip_on=False,
-        )  # fmt: skip
+        _draw_hollow(axis, group[x], group["published"], look)
 
 
-def _draw_missing(axis, comparison: Comparison, x: str) -> None:
-    """The published points that have not been run."""
-    places = [(getattr(point, x), point.accuracy) for point in comparison.missing if getattr(point, x) is not None]
-    if places:
-        axis.plot(*zip(*places), ls="none", **MISSING, zorder=1, clip_on=False)
+def _draw_hollow(axis, x: Sequence[float], y: Sequence[float], look: plot.Style) -> None:
+    axis.plot(
+        x, y, ls="none", marker=look.marker, ms=_size(look.marker, 6.5), mew=0.8, mfc="none", color=look.color,
+        zorder=2, clip_on=False,
+    )  # fmt: skip
+
+
+def _draw_not_here(axis, comparison: Comparison, looks: dict[str, plot.Style], x: str) -> None:
+    """The published points that have not been run, and those that cannot be: hollow beside others of their kind."""
+    known = [point for point in comparison.only_published if point.architecture in looks]
+    for point in known:
+        _draw_hollow(axis, [getattr(point, x)], [point.accuracy], looks[point.architecture])
+    if grey := _grey(comparison, looks):
+        axis.plot(*zip(*((getattr(point, x), point.accuracy) for point in grey)), ls="none", **MISSING, zorder=1,
+                  clip_on=False)  # fmt: skip
+
+
+def _grey(comparison: Comparison, looks: dict[str, plot.Style]) -> list[Point]:
+    """The published points that are drawn as not run here."""
+    return [*comparison.missing, *(point for point in comparison.only_published if point.architecture not in looks)]
 
 
 MISSING = {"marker": "o", "ms": 3.5, "mew": 0.6, "mfc": "none", "color": "0.72"}
@@ -263,9 +277,8 @@ def _legend(
     plain = {"color": "0.3", "ls": "none", "marker": "o"}
     if published:
         handles.append(Line2D([], [], **plain, mfc="none", ms=6, label="published"))
-    if left := sum(len(comparison.missing) for comparison in published):
-        total = left + sum(len(comparison.points) for comparison in published)
-        label = f"published, not run\nhere ({left} of {total})"
+    if left := sum(len(_grey(comparison, looks)) for comparison in published):
+        label = f"published, not run\nhere ({left})"
         handles.append(Line2D([], [], ls="none", **MISSING, label=label))
     if bound:
         handles.append(Patch(facecolor="0.85", edgecolor="0.45", lw=0.9, label="ruled out by the\ncounting bound"))

@@ -77,7 +77,10 @@ class Protocol(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One published accuracy. `options` are those of the last layer that are known, `layers` repeat to the depth."""
+    """One published accuracy. `options` are those of the last layer that are known, `layers` repeat to the depth.
+
+    `in_grid` is False for what a figure shows and no grid of its authors' code has: nobody can say how it was trained.
+    """
 
     protocol: str
     architecture: str
@@ -90,6 +93,7 @@ class Point(NamedTuple):
     approximate: bool
     source: str
     slice: str = MEAN
+    in_grid: bool = True
 
     @property
     def label(self) -> str:
@@ -213,9 +217,12 @@ def departures(config: dict[str, Any], protocol: Protocol) -> list[str]:
         "training slices": (_rows(data["train"]), _said(protocol.train)),
         "test slices": (_rows(data["test"]), _said(protocol.test)),
         "precision": (train["precision"], "fp32"),
-        "shuffled batches": (data["shuffle"], False),
+        "order of batches": (_ORDER[data["shuffle"]], _ORDER[False]),
     }
     return [f"{name}: {ours} instead of {theirs}" for name, (ours, theirs) in named.items() if ours != theirs]
+
+
+_ORDER = {True: "a new one each epoch", False: "the same each epoch"}
 
 
 def _rows(slices: list[dict[str, Any]]) -> str:

@@ -67,9 +67,12 @@ def _written(directory: Path) -> str:
 def _part(figure: Figure, comparisons: Sequence[Comparison], written: str = "") -> str:
     picture = f"![{figure.title}, measured and published]({figure.directory}/beside_published.png)"
     command = f"python -m zoology.run {figure.experiment} --scale paper{_precision(comparisons)}"
+    notebook = f"notebooks/{Path(figure.directory).name}.ipynb"
     told = (
-        f"*Filled markers are measured here, hollow ones published (grey: not run here yet); `{command}`, drawn from "
-        f"the raw records in [{figure.directory}]({figure.directory}).*"
+        f"*Filled markers are measured here, hollow ones published (grey: not run here); `{command}`, drawn from the "
+        f"raw records in [{figure.directory}]({figure.directory}). The table is that of `python -m zoology.compare "
+        f"{figure.directory}`; every slice, what the learning rate decides and training times are in "
+        f"[{notebook}]({notebook}).*"
     )
     blocks = [f"### {figure.title}", _how_far(comparisons), picture, told]
     for comparison in comparisons:

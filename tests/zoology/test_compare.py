@@ -152,8 +152,8 @@ def test_rates_without_a_result_are_told_with_the_reason(sweep, make_record, wri
     (directory / other.run_id).mkdir()
     (directory / other.run_id / "error.txt").write_text("no config was written\n")
     (comparison,) = compare.load(directory)
-    why = "0.001 not run; 0.00316228 not run; 0.0316228 failed, the loss is nan at epoch 2"
-    assert comparison.unfinished == {"based d_model=64 feature_dim=16": why}
+    why = "0.001, 0.00316 not run; 0.0316 failed, the loss is nan at epoch 2"
+    assert comparison.unfinished == {("based", "d_model=64 feature_dim=16"): why}
     assert comparison.points.set_index("architecture")["num_rates"].to_dict() == {"based": 1, "h3": 4}
     assert compare.main([str(directory)]) == 0
     assert f"learning rates without a result: {why} (based d_model=64 feature_dim=16)" in capsys.readouterr().out
@@ -165,7 +165,20 @@ def test_a_rate_that_every_model_lacks_is_told_once(sweep, make_record):
         [make_record(run, 0.9) for by_rate in sizes for run in by_rate.values() if run.train.lr < 0.02]
     )
     lines = [line for line in compare.notes(comparison) if "without a result" in line]
-    assert lines == ["learning rates without a result: 0.0316228 not run (every model)"]
+    assert lines == ["learning rates without a result: 0.0316 not run (every model)"]
+
+
+def test_an_architecture_all_of_whose_models_lack_a_rate_is_named_once(sweep, make_record):
+    sizes = [chosen(sweep, "based", 64, feature_dim=dim) for dim in (8, 16)]
+    runs = [run for by_rate in sizes for run in by_rate.values() if run.train.lr < 0.02]
+    runs += [chosen(sweep, "h3", width)[0.01] for width in (64, 128)]
+    whole = [*chosen(sweep, "h3", 256).values(), *chosen(sweep, "gla", 64).values()]
+    (comparison,) = compare.compare([make_record(run, 0.9) for run in (*runs, *whole)])
+    assert [line for line in compare.notes(comparison) if "without a result" in line] == [
+        "learning rates without a result: 0.0316 not run (every based)",
+        "learning rates without a result: 0.001, 0.00316, 0.0316 not run "
+        "(h3 d_model=64 d_state=16 head_dim=2; h3 d_model=128 d_state=32 head_dim=2)",
+    ]
 
 
 def test_architectures_of_which_nothing_was_run_are_named_once(records):
@@ -178,8 +191,22 @@ def test_architectures_of_which_nothing_was_run_are_named_once(records):
 def test_what_is_not_compared_is_listed(records):
     (comparison,) = compare.compare(records)
     assert comparison.unpublished == ["retnet d_model=64 num_heads=2"]
-    assert len(comparison.missing) == len(published.points("based_figure2")) - 6
-    assert comparison.departures == ["shuffled batches: True instead of False"]
+    assert len(comparison.missing) == len(published.points("based_figure2")) - 6 - 3
+    assert [point.field_bytes for point in comparison.only_published] == [160_356, 579_780, 2_097_152]
+    assert (
+        "published only, in no grid of the papers' code: based d_model=256 feature_dim=16 num_heads=1 160,356 bytes; "
+        "based d_model=256 feature_dim=32 num_heads=1 579,780 bytes; h3 2,097,152 bytes"
+    ) in compare.notes(comparison)
+    assert comparison.departures == ["order of batches: a new one each epoch instead of the same each epoch"]
+
+
+def test_a_point_outside_of_the_grids_counts_once_it_is_run(sweep, make_record):
+    run = chosen(sweep, "based", 128, feature_dim=16)[0.01]
+    run = run.model_copy(update={"model": run.model.model_copy(update={"d_model": 256})})
+    (comparison,) = compare.compare([make_record(run, 0.98)])
+    assert comparison.points["field_bytes"].tolist() == [160_356]
+    assert [point.field_bytes for point in comparison.only_published] == [579_780, 2_097_152]
+    assert "1 of 48 published points run: 1 within, 0 unclear, 0 outside the known spread" in compare.notes(comparison)
 
 
 def test_architectures_from_a_users_file_are_listed_as_unpublished(sweep, make_record):
@@ -227,7 +254,7 @@ def test_the_order_at_equal_memory(points):
 def test_one_architecture_has_no_order_and_no_difference_has_no_sign(sweep, make_record):
     accuracy = 0.912 - 1e-5
     (comparison,) = compare.compare([make_record(chosen(sweep, "based", 64, feature_dim=16)[0.01], accuracy)])
-    assert not any("order" in line for line in compare.notes(comparison))
+    assert not any(line.startswith("order at equal") for line in compare.notes(comparison))
     assert compare.cells(comparison.points.iloc[0])[-2:] == ("+0.000", "")
 
 
@@ -260,11 +287,11 @@ def test_the_command_prints_a_table(records, write_records, capsys):
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if "40,292" in line]
     assert line.split() == [
-        "based", "d_model=64", "feature_dim=16", "40,292", "40,548", "0.910", "0.783-1.000", "2",
-        "0.910", "0.912", "-0.002",
+        "based", "d_model=64", "feature_dim=16", "40,292", "40,548", "0.910", "0.783-1.000", "2", "of", "4",
+        "2", "0.910", "0.912", "-0.002",
     ]  # fmt: skip
     assert "~0.700" in printed
-    assert "6 of 50 published points run: 1 within, 2 unclear, 3 outside the known spread" in printed
+    assert "6 of 47 published points run: 1 within, 2 unclear, 3 outside the known spread" in printed
     assert "of the published accuracy: 1 within 0.03, 3 within 0.1" in printed
     assert "known spread of based: 0.02 (the same nominal point in two releases of the authors)" in printed
     assert "known spread of mamba, deltanet: 0.02 to 0.1 (not known for these" in printed
