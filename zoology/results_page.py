@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from zoology import compare, figures, plot
+from zoology import compare, figures, plot, published
 from zoology.compare import Comparison
 from zoology.runner import store
 
@@ -74,7 +74,7 @@ def _part(figure: Figure, comparisons: Sequence[Comparison], written: str = "") 
         f"{figure.directory}`; every slice, what the learning rate decides and training times are in "
         f"[{notebook}]({notebook}).*"
     )
-    blocks = [f"### {figure.title}", _how_far(comparisons), picture, told]
+    blocks = [f"### {figure.title}", _how_far(figure, comparisons), picture, told]
     for comparison in comparisons:
         block = [markdown_table(comparison), "\n".join(_items(compare.notes(comparison)))]
         if len(comparisons) > 1:
@@ -89,14 +89,22 @@ def _precision(comparisons: Sequence[Comparison]) -> str:
     return f" --precision {names.pop()}" if len(names) == 1 and "fp32" not in names else ""
 
 
-def _how_far(comparisons: Sequence[Comparison]) -> str:
-    """How much of the published figure has been run."""
+def _how_far(figure: Figure, comparisons: Sequence[Comparison]) -> str:
+    """How much of the published figure has been run, of its panels without any run as well."""
     ran = sum(len(comparison.points) for comparison in comparisons)
     total = ran + sum(len(comparison.missing) for comparison in comparisons)
     runs = sum(comparison.frame["run_id"].nunique() for comparison in comparisons)
+    begun = {comparison.protocol.name for comparison in comparisons}
+    nothing = [
+        protocol
+        for name, protocol in published.protocols().items()
+        if name.startswith(Path(figure.directory).name) and name not in begun
+    ]
+    total += sum(point.in_grid for protocol in nothing for point in published.points(protocol.name))
     if ran == total:
         return f"All {total} published points have been run, in {runs} runs."
-    return f"**{ran} of {total} published points have been run so far**, in {runs} runs."
+    left = f" Nothing yet: {'; '.join(protocol.title for protocol in nothing)}." if nothing else ""
+    return f"**{ran} of {total} published points have been run so far**, in {runs} runs.{left}"
 
 
 def _items(lines: Sequence[str]) -> list[str]:

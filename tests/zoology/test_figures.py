@@ -266,6 +266,22 @@ def test_the_section_says_how_far_it_is_and_takes_over_what_was_written(root, ma
     )
 
 
+def test_the_section_counts_lengths_of_which_nothing_was_run(zoology):
+    whole = sum(len(published.points(f"zoology_figure2_{length}")) for length in (64, 128, 256, 512))
+    ran = [len(comparison.points) for comparison in zoology]
+    runs = [comparison.frame["run_id"].nunique() for comparison in zoology]
+    text = results_page._part(results_page.FIGURES[1], zoology[:1])
+    assert f"**{ran[0]} of {whole} published points have been run so far**, in {runs[0]} runs. Nothing yet" in text
+    assert (
+        text.count(
+            "Nothing yet: Zoology, Fig. 2, length 128; Zoology, Fig. 2, length 256; Zoology, Fig. 2, length 512."
+        )
+        == 1
+    )
+    text = results_page._part(results_page.FIGURES[1], zoology)
+    assert f"**{sum(ran)} of {whole} published points have been run so far**, in {sum(runs)} runs.\n" in text
+
+
 def test_the_section_names_the_precision_of_all_runs(paper_runs, make_record):
     (run,) = [run for run in paper_runs("mqar_sweep.py") if run.architecture == "attention"][:1]
     record, other = make_record(run, 0.9), make_record(run.model_copy(update={"seed": 1}), 0.9)

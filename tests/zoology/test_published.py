@@ -191,6 +191,15 @@ def test_the_order_of_batches_is_all_that_its_experiment_changes(paper_runs):
     assert {run.run_id for run in shuffled} <= {run.run_id for run in sweep}
 
 
+@pytest.mark.parametrize(("scale", "length"), [("paper", 64), ("laptop", 16), ("smoke", 16)])
+def test_the_short_piece_of_zoology_is_of_the_whole_sweep(scale, length):
+    folder = Path(__file__).parents[2] / "experiments"
+    whole, piece = (load_sweep(folder / file, scale) for file in ("zoology_figure2.py", "zoology_figure2_short.py"))
+    wanted = [run.run_id for run in whole if {part.task.seq_len for part in run.data.train} == {length}]
+    assert [run.run_id for run in piece] == wanted
+    assert len(wanted) == len(whole) / {"paper": 4, "laptop": 2, "smoke": 2}[scale]
+
+
 def test_another_model_is_no_match():
     point = next(p for p in published.points("based_figure2") if p.architecture == "deltanet")
     assert published.matches(point, model(64, CONV, layer("deltanet", num_heads=2)), 1024)
