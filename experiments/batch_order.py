@@ -13,16 +13,16 @@ from zoology.config import RunConfig
 from zoology.runner.plan import load_sweep
 
 WIDTHS = {"smoke": (32,), "laptop": (64,), "paper": (64, 128)}
-FEATURES = {"smoke": 8, "laptop": 8, "paper": 16}
+FEATURES = {"smoke": (8,), "laptop": (8,), "paper": (8, 16)}
 
 
 def sweep(scale: str) -> list[RunConfig]:
-    """The runs of a scale: one size of Based at the widths of the sweep, at all its learning rates."""
+    """The runs of a scale: small states of Based at widths of the sweep, at all its learning rates."""
     whole = load_sweep(Path(__file__).with_name("mqar_sweep.py"), scale)
     return [
         run.model_copy(update={"data": run.data.model_copy(update={"shuffle": False})})
         for run in whole
         if run.architecture == "based"
         and run.model.d_model in WIDTHS[scale]
-        and run.model.layers[-1].options["feature_dim"] == FEATURES[scale]
+        and run.model.layers[-1].options["feature_dim"] in FEATURES[scale]
     ]
