@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from architectures.mixer import require_at_least
 from kernels.convolution_step import convolution_step, triton_refusal
+from kernels.short_convolution import short_convolution
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -24,6 +25,22 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """[..., H, K] -> [..., H * K]."""
     return x.flatten(-2)
+
+
+def whole_sequences_only(
+    width: int, widest: int, *, named: bool, device: torch.device, dtype: torch.dtype, seq_len: int
+) -> str | None:
+    """Why Triton kernels that read sequences as a whole, of states up to `widest`, do not run these; or None.
+
+    Single tokens are left to a backend with a kernel for them, unless this one is `named`.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the dtype is {dtype}; allowed: bfloat16, float16, float32"
+    if width > widest:
+        return f"states have width {width}; allowed: up to {widest}"
+    if seq_len == 1 and not named:
+        return "it is for whole sequences, not for single tokens"
+    return None
 
 
 def check_room(position: Tensor, length: int, capacity: int) -> None:
@@ -64,6 +81,16 @@ class ShortConvolution(nn.Module):
         """x [B, T, D], tail -> [B, T, D], tail after the T tokens."""
         extended = torch.cat([tail.to(x.dtype), x], dim=1)
         return self._convolve(extended, x.shape[1]), extended[:, x.shape[1] :].to(tail.dtype)
+
+    def prefill_by_kernel(self, x: Tensor, tail: Tensor, *, empty: bool = False) -> tuple[Tensor, Tensor]:
+        """`prefill` by `kernels.short_convolution`, one pass over x each way; `empty`: the tail is all zeros."""
+        # In the dtype of x: under autocast float32 weights would widen what the backward pass reads.
+        weight, bias = (None if part is None else part.to(x.dtype) for part in (self.weight, self.bias))
+        y = short_convolution(x, weight, bias, initial_state=None if empty else tail)
+        size = self.kernel_size - 1
+        before = x if x.shape[1] >= size else torch.cat([tail.to(x.dtype), x], dim=1)
+        after = before[:, before.shape[1] - size :].to(tail.dtype)
+        return F.silu(y) if self.activation == "silu" else y, after
 
     def step(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, D], tail -> [B, D], tail."""

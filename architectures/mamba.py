@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architectures import backends, mamba_ssm
-from architectures.layers import ShortConvolution, step_size_bias
+from architectures.layers import ShortConvolution, step_size_bias, whole_sequences_only
 from architectures.mixer import SequenceMixer, require_at_least
 from architectures.registry import register
-from kernels.selective_scan import selective_scan, selective_scan_step
+from kernels.selective_scan import MAX_WIDTH, selective_scan, selective_scan_step
+
+LONGEST_SCAN = 2048
 
 
 class MambaState(NamedTuple):
@@ -40,7 +42,7 @@ class Mamba(SequenceMixer):
     at expand = 2; it leaves out the (d_conv - 1) E elements of `conv`, and counts a whole Mamba block as nothing.
     """
 
-    backends = ("mamba-ssm", "reference")
+    backends = ("triton", "mamba-ssm", "reference")
 
     def __init__(
         self,
@@ -68,6 +70,10 @@ class Mamba(SequenceMixer):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
     def unsupported(self, backend, **case):
+        if backend == "triton":
+            if case["seq_len"] > LONGEST_SCAN:
+                return f"there are {case['seq_len']} tokens; allowed: {LONGEST_SCAN}, as one program scans a sequence"
+            return whole_sequences_only(self.d_state, MAX_WIDTH, named=self.backend == backend, **case)
         return mamba_ssm.refusal(backend, self.conv, self.d_state, chunked=False, **case)
 
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> MambaState:
@@ -120,6 +126,8 @@ class Mamba(SequenceMixer):
             backend = self.ran_beside("reference")  # mamba-ssm knows no gradient through a state
         if backend == "mamba-ssm":
             x, tail = mamba_ssm.short_convolution(self.conv, x, state.conv)
+        elif backend == "triton" and u.ndim == 3:
+            x, tail = self.conv.prefill_by_kernel(x, state.conv, empty=empty)
         else:
             x, tail = (self.conv.step if u.ndim == 2 else self.conv.prefill)(x, state.conv)
         dt, b, c = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
@@ -137,13 +145,14 @@ class Mamba(SequenceMixer):
                 return self.out_proj(y), MambaState(ssm, tail)
             y, ssm = mamba_ssm.selective_scan(x, self.dt_proj(dt), decay, b, c, state.ssm)
         else:
-            y, ssm = self._mix(x, self.dt_proj(dt), b, c, state.ssm)
+            kernel = "triton" if backend == "triton" else "reference"
+            y, ssm = self._mix(x, self.dt_proj(dt), b, c, state.ssm, kernel)
         return self.out_proj((y + self.D.to(x.dtype) * x) * F.silu(z)), MambaState(ssm, tail)
 
-    def _mix(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, ssm: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
         """x and dt before the softplus [..., E], b c [..., N], ssm [B, E, N] -> y [..., E], ssm."""
         dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)))
         decay = -self.A_log.to(dt.dtype).exp()
         if x.ndim == 2:
             return selective_scan_step(x, dt, decay, b, c, ssm)
-        return selective_scan(x, dt, decay, b, c, initial_state=ssm)
+        return selective_scan(x, dt, decay, b, c, initial_state=ssm, backend=kernel)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architectures import mamba_ssm
-from architectures.layers import ShortConvolution, merge_heads, split_heads, step_size_bias
+from architectures.layers import ShortConvolution, merge_heads, split_heads, step_size_bias, whole_sequences_only
 from architectures.mixer import SequenceMixer, default_num_heads, require_at_least, require_positive
 from architectures.registry import register
-from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
+from kernels.linear_recurrence import MAX_TRITON_WIDTH, linear_recurrence, linear_recurrence_step
 
 
 class Mamba2State(NamedTuple):
@@ -41,7 +41,7 @@ class Mamba2(SequenceMixer):
     Raises ValueError where `head_dim` does not divide expand * d_model, or `num_groups` the number of heads.
     """
 
-    backends = ("mamba-ssm", "reference")
+    backends = ("triton", "mamba-ssm", "reference")
 
     def __init__(
         self,
@@ -79,6 +79,8 @@ class Mamba2(SequenceMixer):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
     def unsupported(self, backend, **case):
+        if backend == "triton":
+            return whole_sequences_only(self.d_state, MAX_TRITON_WIDTH, named=self.backend == backend, **case)
         return mamba_ssm.refusal(backend, self.conv, self.d_state, chunked=True, **case)
 
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> Mamba2State:
@@ -87,7 +89,8 @@ class Mamba2(SequenceMixer):
         return Mamba2State(ssm, self.conv.init_tail(batch_size, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype))[0]
+        empty = self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype)
+        return self._run(x, empty, empty=True)[0]
 
     def prefill(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         self.check_state(x, state)
@@ -97,12 +100,14 @@ class Mamba2(SequenceMixer):
         self.check_state(x, state)
         return self._run(x, state)
 
-    def _run(self, u: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
-        """u [B, T, D] or, one token, [B, D]."""
+    def _run(self, u: Tensor, state: Mamba2State, *, empty: bool = False) -> tuple[Tensor, Mamba2State]:
+        """u [B, T, D] or, one token, [B, D]; `empty`: the state is."""
         z, xbc, dt = self.in_proj(u).split([self.d_inner, sum(self.widths), self.num_heads], dim=-1)
         backend = self.backend_for(u)
         if backend == "mamba-ssm":
             xbc, tail = mamba_ssm.short_convolution(self.conv, xbc, state.conv)
+        elif backend == "triton" and u.ndim == 3:
+            xbc, tail = self.conv.prefill_by_kernel(xbc, state.conv, empty=empty)
         else:
             xbc, tail = (self.conv.step if u.ndim == 2 else self.conv.prefill)(xbc, state.conv)
         x, b, c = xbc.split(self.widths, dim=-1)
@@ -111,11 +116,11 @@ class Mamba2(SequenceMixer):
         if backend == "mamba-ssm":
             y, ssm = mamba_ssm.chunk_scan(x, dt, -self.A_log.float().exp(), b, c, self.dt_bias, state.ssm)
         else:
-            y, ssm = self._mix(x, dt, b, c, state.ssm)
+            y, ssm = self._mix(x, dt, b, c, state.ssm, "triton" if backend == "triton" else "reference")
         y = merge_heads(y + self.D.to(x.dtype).unsqueeze(-1) * x)
         return self.out_proj(self._norm(y * F.silu(z))), Mamba2State(ssm, tail)
 
-    def _mix(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, ssm: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
         """x [..., H, P], dt [..., H], b c [..., G, N], ssm [B, H, N, P] -> y [..., H, P], ssm."""
         dt = F.softplus((dt + self.dt_bias).to(torch.promote_types(dt.dtype, torch.float32)))
         g = -self.A_log.to(dt.dtype).exp() * dt
@@ -123,7 +128,7 @@ class Mamba2(SequenceMixer):
         v = (x * dt.unsqueeze(-1)).to(x.dtype)
         if x.ndim == 3:
             return linear_recurrence_step(q, k, v, g, ssm)
-        return linear_recurrence(q, k, v, g, initial_state=ssm, output_final_state=True)
+        return linear_recurrence(q, k, v, g, initial_state=ssm, output_final_state=True, backend=kernel)
 
     def _norm(self, y: Tensor) -> Tensor:
         """RMSNorm over each of the G groups of channels."""

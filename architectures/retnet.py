@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architectures import fla
-from architectures.layers import merge_heads, rotary, split_heads
+from architectures.layers import merge_heads, rotary, split_heads, whole_sequences_only
 from architectures.mixer import SequenceMixer, default_num_heads, divide_heads, require_at_least, require_positive
 from architectures.registry import register
-from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
+from kernels.linear_recurrence import MAX_TRITON_WIDTH, linear_recurrence, linear_recurrence_step
 
 
 class RetNetState(NamedTuple):
@@ -40,7 +40,7 @@ class RetNet(SequenceMixer):
     Raises ValueError where num_heads does not divide d_model, or `rotate` is asked of an odd width.
     """
 
-    backends = ("fla", "reference")
+    backends = ("triton", "fla", "reference")
 
     def __init__(
         self,
@@ -72,6 +72,8 @@ class RetNet(SequenceMixer):
         nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
 
     def unsupported(self, backend, **case):
+        if backend == "triton":
+            return whole_sequences_only(self.head_k_dim, MAX_TRITON_WIDTH, named=self.backend == backend, **case)
         return fla.refusal(backend, "retention", self.head_k_dim, self.head_v_dim, **case)
 
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> RetNetState:
@@ -104,7 +106,7 @@ class RetNet(SequenceMixer):
         if backend == "fla":
             o, kv = fla.linear_recurrence(q, k, v, self.log_decay(q.device, torch.float32), state.kv)
         else:
-            o, kv = self._mix(q, k, v, state.kv)
+            o, kv = self._mix(q, k, v, state.kv, "triton" if backend == "triton" else "reference")
         o = merge_heads(F.rms_norm(o, o.shape[-1:], eps=self.norm_eps)) * F.silu(self.g_proj(x))
         return self.out_proj(o), RetNetState(kv, state.position + x.shape[1])
 
@@ -112,10 +114,10 @@ class RetNet(SequenceMixer):
         """log gamma [H]. Not a buffer: one cast to 16 bits with the model would lose what tells the heads apart."""
         return torch.log1p(-torch.exp2(-5 - torch.arange(self.num_heads, device=device, dtype=dtype)))
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
         """q k [B, T, H, K], v [B, T, H, V], kv [B, H, K, V] -> o [B, T, H, V], kv."""
         g = self.log_decay(q.device, torch.promote_types(q.dtype, torch.float32)).expand(q.shape[:-1])
         if q.shape[1] == 1:
             o, kv = linear_recurrence_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], kv)
             return o.unsqueeze(1), kv
-        return linear_recurrence(q, k, v, g, initial_state=kv, output_final_state=True)
+        return linear_recurrence(q, k, v, g, initial_state=kv, output_final_state=True, backend=kernel)

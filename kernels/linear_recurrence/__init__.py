@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import triton_support
 from kernels.linear_recurrence.reference import (
     linear_recurrence_reference,
     linear_recurrence_step_reference,
@@ -14,6 +15,9 @@ from kernels.linear_recurrence.reference import (
 )
 
 __all__ = ["linear_recurrence", "linear_recurrence_step", "naive_linear_recurrence"]
+
+BACKENDS = ("auto", "reference", "triton")
+MAX_TRITON_WIDTH = 128
 
 
 def linear_recurrence(
@@ -26,6 +30,7 @@ def linear_recurrence(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     chunk_size: int | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T and o_t = S_t^T q_t, over a whole sequence.
 
@@ -38,12 +43,14 @@ def linear_recurrence(
         output_final_state: also return S_T, in the dtype of `initial_state`, or float32 (float64 for float64
             inputs) without one.
         chunk_size: a power of two (None: chosen); the work inside a chunk is quadratic in it.
+        backend: "reference" (plain PyTorch), "triton" (g [B, T, H], no bonus, no fp64, K up to 128, its own chunks), or
+            "auto": triton where it supports the input in 16 bits, or in float32 where torch may multiply in TF32.
 
     Returns:
         o [B, T, H, V] in the dtype of v, and the final state or None. Sums are kept in float32 at least.
 
     Raises:
-        ValueError: a shape, dtype, device or chunk size that does not fit.
+        ValueError: a shape, dtype, device, chunk size or backend that does not fit.
 
     Source: retention (arXiv:2307.08621, eq. 6-7), GLA (arXiv:2312.06635, section 4), SSD (arXiv:2405.21060, section 6);
     `reference.py` holds the formulas.
@@ -51,7 +58,18 @@ def linear_recurrence(
     _check(q, k, v, g, bonus, initial_state, axes="BTH", name="initial_state")
     if chunk_size is not None and (chunk_size < 1 or chunk_size & (chunk_size - 1)):
         raise ValueError(f"chunk_size is {chunk_size}; allowed: a power of two, or None")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    refusal = triton_refusal(q, v, g, bonus, initial_state, chunk_size)
+    if backend == "triton" and refusal:
+        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     with torch.autocast(q.device.type, enabled=False):
+        if backend == "triton" or (backend == "auto" and not refusal and not exact):
+            from kernels.linear_recurrence.triton import linear_recurrence_triton
+
+            o, state = linear_recurrence_triton(q, k, v, g, initial_state=initial_state)
+            return o, state if output_final_state else None
         return linear_recurrence_reference(
             q,
             k,
@@ -62,6 +80,29 @@ def linear_recurrence(
             output_final_state=output_final_state,
             chunk_size=chunk_size,
         )
+
+
+def triton_refusal(
+    q: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    bonus: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> str | None:
+    """Why the Triton kernels do not take these arguments of `linear_recurrence`; None if they do."""
+    for name, part in (("q", q), ("v", v), ("g", g), ("initial_state", initial_state)):
+        if part is not None and (found := triton_support.refusal(name, part)):
+            return found
+    if g is None or g.ndim != 3:
+        return "it takes one decay per head and token, g [B, T, H]"
+    if bonus is not None:
+        return "there is a bonus; allowed: None"
+    if chunk_size is not None:
+        return f"chunk_size is {chunk_size}; allowed: None"
+    if q.shape[-1] > MAX_TRITON_WIDTH:
+        return f"keys have width {q.shape[-1]}; allowed: up to {MAX_TRITON_WIDTH}"
+    return None
 
 
 def linear_recurrence_step(

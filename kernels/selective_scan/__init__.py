@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import triton_support
 from kernels.selective_scan.reference import (
     naive_selective_scan,
     selective_scan_reference,
@@ -12,6 +13,9 @@ from kernels.selective_scan.reference import (
 )
 
 __all__ = ["naive_selective_scan", "selective_scan", "selective_scan_step"]
+
+BACKENDS = ("auto", "reference", "triton")
+MAX_WIDTH = 64
 
 
 def selective_scan(
@@ -22,6 +26,7 @@ def selective_scan(
     C: Tensor,
     *,
     initial_state: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) * h_{t-1} + (dt_t x_t) B_t^T and y_t = h_t C_t, over a whole sequence.
 
@@ -29,19 +34,42 @@ def selective_scan(
         x: [B, T, D], bf16, fp16, fp32 or fp64; dt: [B, T, D], step sizes, at least 0; A: [D, N], at most 0 (neither is
             checked: that would read the data); B, C: [B, T, N]. Any floating dtypes.
         initial_state: h_0 [B, D, N], any floating dtype; zeros when None.
+        backend: "reference" (plain PyTorch), "triton" (no float64, N up to 64; states in float32), or "auto": triton
+            where it supports the input.
 
     Returns:
         y [B, T, D] in the dtype of x, and the state after the last token [B, D, N], in the dtype of `initial_state`, or
         float32 (float64 for float64 x) without one. Sums are kept in float32 at least. One derivative, not two.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype, device or backend that does not fit.
 
     Source: Mamba, arXiv:2312.00752, eq. 2 and algorithm 2; `reference.py` holds the formulas.
     """
     _check(x, dt, A, B, C, initial_state, axes="BT", name="initial_state")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    refusal = triton_refusal(x, dt, A, B, C, initial_state)
+    if backend == "triton" and refusal:
+        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    run = selective_scan_reference
+    if backend != "reference" and not refusal:
+        from kernels.selective_scan.triton import selective_scan_triton as run
     with torch.autocast(x.device.type, enabled=False):
-        return selective_scan_reference(x, dt, A, B, C, initial_state=initial_state)
+        return run(x, dt, A, B, C, initial_state=initial_state)
+
+
+def triton_refusal(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
+) -> str | None:
+    """Why the Triton kernels do not take these arguments of `selective_scan`; None if they do."""
+    given = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "initial_state": initial_state}
+    for name, part in given.items():
+        if part is not None and (found := triton_support.refusal(name, part)):
+            return found
+    if A.shape[1] > MAX_WIDTH:
+        return f"states have width {A.shape[1]}; allowed: up to {MAX_WIDTH}"
+    return None
 
 
 def selective_scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

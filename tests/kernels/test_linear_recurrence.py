@@ -184,3 +184,89 @@ def test_bad_dtypes_and_a_missing_state():
         linear_recurrence(q, q, q, torch.zeros(2, 4, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="state is None"):
         linear_recurrence_step(q[:, 0], q[:, 0], q[:, 0], None, None)
+
+
+def close_to_float64(case, dtype, device):
+    """Outputs, states and gradients of the kernels: off by at most twice plain PyTorch's error, or 4 roundings."""
+    (b, t, h, k, v), resumed = case
+    generator = torch.Generator().manual_seed(t)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    g = -torch.exp(2 * normal(b, t, h) - 2)
+    g[:, t // 2], g[:, t // 3] = -torch.inf, 0
+    inputs = [part.to(dtype) for part in (normal(b, t, h, k), normal(b, t, h, k), normal(b, t, h, v))]
+    inputs += [g.float(), normal(b, h, k, v).float()]
+    weights = [part.to(device) for part in (normal(b, t, h, v), normal(b, h, k, v))]
+
+    def run(backend, wide):
+        leaves = [part.to(device, torch.float64 if wide else part.dtype).requires_grad_() for part in inputs]
+        o, last = linear_recurrence(
+            *leaves[:4], initial_state=leaves[4] if resumed else None, output_final_state=True, backend=backend
+        )
+        total = (o.double() * weights[0]).sum()
+        if resumed:
+            total = total + (last.double() * weights[1]).sum()
+        return [o, last, *torch.autograd.grad(total, leaves if resumed else leaves[:4])]
+
+    exact = run("reference", True)
+    for actual, rough, wanted in zip(run("triton", False), run("reference", False), exact, strict=True):
+        assert actual.dtype == rough.dtype
+        # Operands of products are rounded to the dtype of the inputs, also for what is kept in float32.
+        allowed = max(2 * error(rough, wanted), 4 * torch.finfo(dtype).eps)
+        assert error(actual, wanted) <= allowed, (case, dtype, error(actual, wanted), allowed)
+
+
+# B, T, H, K, V, whether from a state on and with a gradient through the last
+SHAPES = [
+    ((2, 37, 2, 5, 3), True),
+    ((1, 130, 1, 16, 70), False),
+    ((1, 3, 2, 4, 6), False),
+]
+
+INTERPRETED = """
+import torch
+
+import test_linear_recurrence as t
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+for case in t.SHAPES:
+    t.close_to_float64(case, torch.float32, "cpu")
+t.close_to_float64(t.SHAPES[0], torch.float16, "cpu")
+print("same")
+"""
+
+
+def test_kernels_interpreted(run_interpreted):
+    run_interpreted(INTERPRETED)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*SHAPES, ((2, 256, 4, 24, 64), False), ((1, 200, 2, 128, 256), True)])
+def test_kernels_against_float64(case, dtype, poisoned):
+    close_to_float64(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_registration_of_the_operator():
+    import kernels.linear_recurrence.triton  # noqa: F401
+
+    q, k, v, g, _, state = draw("head", length=20, dtype=torch.float32, strong=False)
+    leaves = [part.cuda().requires_grad_() for part in (q, k, v, g, state)]
+    torch.library.opcheck(torch.ops.zoology.linear_recurrence.default, leaves)
+
+
+@pytest.mark.parametrize(
+    ("decay", "options", "message"),
+    [
+        ("head", {}, "backend='triton' cannot run here: "),
+        ("head", {"backend": "cuda"}, "backend is 'cuda'; allowed: auto, reference, triton"),
+    ],
+)
+def test_what_triton_does_not_take(decay, options, message):
+    q, k, v, g, _, _ = draw(decay, length=4)
+    with pytest.raises(ValueError, match=message):
+        linear_recurrence(q, k, v, g, **{"backend": "triton"} | options)

@@ -106,3 +106,82 @@ def test_bad_dtype_and_a_missing_state():
         selective_scan(x, dt, A, B, C.long())
     with pytest.raises(ValueError, match="state is None"):
         selective_scan_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], None)
+
+
+def close_to_float64(case, dtype, device):
+    """Outputs, states and gradients of the kernels: off by at most twice plain PyTorch's error, or 4 roundings."""
+    (b, t, d, n), resumed = case
+    generator = torch.Generator().manual_seed(t)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    dt = torch.exp(normal(b, t, d))
+    dt[:, t // 3], dt[:, t // 2] = 0, 1000
+    inputs = [normal(b, t, d).to(dtype), dt.float(), -torch.exp(normal(d, n)).float()]
+    inputs += [normal(b, t, n).to(dtype), normal(b, t, n).to(dtype), normal(b, d, n).float()]
+    weights = [part.to(device) for part in (normal(b, t, d), normal(b, d, n))]
+
+    def run(backend, wide):
+        leaves = [part.to(device, torch.float64 if wide else part.dtype).requires_grad_() for part in inputs]
+        y, last = selective_scan(*leaves[:5], initial_state=leaves[5] if resumed else None, backend=backend)
+        total = (y.double() * weights[0]).sum()
+        if resumed:
+            total = total + (last.double() * weights[1]).sum()
+        return [y, last, *torch.autograd.grad(total, leaves if resumed else leaves[:5])]
+
+    exact = run("reference", True)
+    for actual, rough, wanted in zip(run("triton", False), run("reference", False), exact, strict=True):
+        assert actual.dtype == rough.dtype
+        allowed = max(2 * error(rough, wanted), 4 * torch.finfo(actual.dtype).eps)
+        assert error(actual, wanted) <= allowed, (case, dtype, error(actual, wanted), allowed)
+
+
+# B, T, D, N, whether from a state on and with a gradient through the last
+SHAPES = [
+    ((2, 37, 5, 3), True),
+    ((1, 16, 70, 16), False),
+    ((1, 21, 33, 24), True),
+    ((1, 3, 4, 1), False),
+]
+
+INTERPRETED = """
+import torch
+
+import test_selective_scan as t
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+for case in t.SHAPES:
+    t.close_to_float64(case, torch.float32, "cpu")
+t.close_to_float64(t.SHAPES[0], torch.float16, "cpu")
+print("same")
+"""
+
+
+def test_kernels_interpreted(run_interpreted):
+    run_interpreted(INTERPRETED)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*SHAPES, ((3, 256, 128, 16), False), ((2, 100, 96, 64), True)])
+def test_kernels_against_float64(case, dtype, poisoned):
+    close_to_float64(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_registration_of_the_operator():
+    import kernels.selective_scan.triton  # noqa: F401
+
+    x, dt, A, B, C, state = (part.cuda() for part in draw(20, torch.float32))
+    leaves = [part.requires_grad_() for part in (x, dt, A.T.contiguous(), B, C, state.transpose(1, 2).contiguous())]
+    torch.library.opcheck(torch.ops.zoology.selective_scan.default, leaves)
+
+
+def test_what_triton_does_not_take():
+    inputs = draw(4)[:5]
+    with pytest.raises(ValueError, match="backend='triton' cannot run here"):
+        selective_scan(*inputs, backend="triton")
+    with pytest.raises(ValueError, match="backend is 'cuda'; allowed: auto, reference, triton"):
+        selective_scan(*inputs, backend="cuda")
