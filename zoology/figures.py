@@ -82,11 +82,13 @@ def by_width(comparisons: Sequence[Comparison]):
 def learning_rates(comparisons: Sequence[Comparison]):
     """Validation accuracy against learning rate, a panel per architecture and a line per model, darker with more state.
 
-    Each value is a mean over slices and seeds. The selected rate of each model is marked, hollow at the edge of its
-    grid. Several comparisons get a row each. Returns the figure.
+    Each value is a mean over slices and seeds. The selected rate of each model is marked, hollow at the edge of the
+    rates that were run; the axis is as wide as the protocol's grid. Several comparisons get a row each. Returns the
+    figure.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     names = plot.by_name(pd.concat([comparison.frame for comparison in comparisons]))
     looks = plot.styles(names)
@@ -105,6 +107,14 @@ def learning_rates(comparisons: Sequence[Comparison]):
                 axis.set_title(name + at)
         for axis in panels:
             axis.set_axis_off()
+        rates = [
+            rate
+            for comparison in comparisons
+            for rate in (*comparison.protocol.learning_rates, *comparison.frame["lr"])
+        ]
+        for axis in figure.axes:
+            axis.set_xlim(min(rates) / 1.3, max(rates) * 1.3)
+            axis.xaxis.set_minor_formatter(NullFormatter())
         figure.supxlabel("learning rate", fontsize=9)
         figure.supylabel("validation accuracy, mean of slices", fontsize=9)
     return figure

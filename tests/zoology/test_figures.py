@@ -143,6 +143,15 @@ def test_learning_rates_show_every_model_and_the_selected_rate(based):
     assert alphas == sorted(alphas)
 
 
+def test_learning_rates_that_were_not_run_have_their_place(paper_runs, make_record):
+    runs = [run for run in paper_runs("mqar_sweep.py") if run.architecture == "h3" and 0.002 < run.train.lr < 0.02]
+    (comparison,) = compare.compare([make_record(run, 0.5) for run in runs])
+    (axis,) = figures.learning_rates([comparison]).axes
+    low, high = axis.get_xlim()
+    assert low < 0.001 < 0.0316228 < high
+    assert set(axis.xaxis.get_minor_formatter().format_ticks([0.002, 0.003])) == {""}
+
+
 def test_several_lengths_get_a_row_each(zoology):
     figure = figures.learning_rates(zoology)
     titles = [axis.get_title() for axis in figure.axes]
