@@ -13,7 +13,8 @@ from architectures import backends
 from architectures.layers import check_room, merge_heads, rotary, split_heads
 from architectures.mixer import SequenceMixer, divide_heads
 from architectures.registry import register
-from kernels.cached_attention import triton_refusal
+from kernels.cache_update import triton_refusal as update_refusal
+from kernels.cached_attention import triton_refusal as attention_refusal
 from kernels.taylor_linear_attention import autocast_inputs
 
 MAX_FLASH_HEAD_DIM = 256
@@ -132,7 +133,15 @@ class SelfAttention(SequenceMixer):
 
     def _project(self, x: Tensor, positions: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, D], positions [T], below `rows` if that is known -> q, k, v [B, T, H, K], q and k turned."""
-        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        return self._turn(*self._split(x), positions, rows)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [..., D] -> q, k, v [..., H, K], not turned."""
+        return tuple(split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+
+    def _turn(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, rows: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self.rotary_fraction:
             q = rotary(q, positions, fraction=self.rotary_fraction, rows=rows)
             k = rotary(k, positions, fraction=self.rotary_fraction, rows=rows)
@@ -152,28 +161,35 @@ class SelfAttention(SequenceMixer):
 
     def _step(self, x: Tensor, keys: Tensor, values: Tensor, position: Tensor, rows: int | None = None) -> Tensor:
         """One token x [B, D] joins the cache, in slot position mod S, and reads what is in it -> [B, D]."""
+        q, k, v = self._split(x)
+        backend = self.backend_for(x)
+        chosen = self.backend == "auto" and backend != "reference" and keys.dtype == q.dtype
+        if chosen and (update_refusal(q, k, v, keys, values) or attention_refusal(keys[:, 0], keys)) is None:
+            return self.out_proj(merge_heads(self._join_cache(q, k, v, keys, values, position)))
         at = position.reshape(1)
-        q, k, v = self._project(x.unsqueeze(1), at, rows)
+        q, k, v = self._turn(*(part.unsqueeze(1) for part in (q, k, v)), at, rows)
         slot = at % keys.shape[1]
         self._write(keys, slot, k)
         self._write(values, slot, v)
-        backend = self.backend_for(x)
         if keys.dtype != q.dtype or backends.wants_grad(q, keys, values):
             keys, values, backend = keys.to(q.dtype), values.to(q.dtype), self._beside_flash(backend)
         return self.out_proj(merge_heads(self._read_cache(q, keys, values, position, backend)[:, 0]))
 
+    def _join_cache(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        """q k v [B, H, K], not turned yet, by the kernels of a decode step -> [B, H, K]."""
+        self.ran_beside("triton")
+        turned = int(self.head_dim * self.rotary_fraction)
+        q = kernels.cache_update(q, k, v, keys, values, position, turned=turned, backend="triton")
+        scale = self.head_dim**-0.5
+        o = kernels.cached_attention(q, keys, values, position, scale=scale, backend="triton")
+        return o[..., : self.head_dim]
+
     def _read_cache(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor, backend: str) -> Tensor:
         """q [B, 1, H, K], the token at `position`, over the slots in use."""
-        width, scale = keys.shape[-1], self.head_dim**-0.5
         if backend == "flash-attn" and self.backend == "flash-attn":
             used = (position + 1).clamp(max=keys.shape[1])
-            return flash_cached_attention(widen(q, width), keys, values, used, scale)[..., : self.head_dim]
-        wide = widen(q, width)[:, 0]
-        chosen = self.backend == "auto" and backend != "reference" and not backends.wants_grad(q, keys, values)
-        if chosen and triton_refusal(wide, keys) is None:
-            self.ran_beside("triton")
-            o = kernels.cached_attention(wide, keys, values, position, scale=scale, backend="triton")
-            return o[:, None, :, : self.head_dim]
+            wide = widen(q, keys.shape[-1])
+            return flash_cached_attention(wide, keys, values, used, self.head_dim**-0.5)[..., : self.head_dim]
         used = torch.arange(keys.shape[1], device=q.device) <= position
         keys, values = keys[..., : self.head_dim], values[..., : self.head_dim]
         return masked_attention(q, keys, values, used[None], self._beside_flash(backend))

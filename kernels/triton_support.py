@@ -21,3 +21,10 @@ def refusal(name: str, x: Tensor) -> str | None:
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"{name} has dtype {x.dtype}; allowed: bfloat16, float16, float32"
     return None
+
+
+def gradient_refusal(tensors: list[Tensor]) -> str | None:
+    """Why a kernel without a gradient does not take these tensors; None if it does."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "it has no gradient; allowed: no_grad"
+    return None

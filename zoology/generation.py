@@ -22,7 +22,7 @@ from torch import Tensor
 from architectures.mixer import State, check_prefix_length, clone_state, map_state, state_tensors
 from zoology.config import ModelConfig
 from zoology.model import Block, LanguageModel, Stack, measured_state
-from zoology.step_layers import Rest, StepBlock
+from zoology.step_layers import Rest, StepBlock, add_norm
 
 log = logging.getLogger("zoology")
 
@@ -145,10 +145,9 @@ def advance(block: StepBlock, x: Tensor, rest: Rest, state: State, keep_position
 
     `keep_position` leaves positions to the caller.
     """
-    x = rest.added_to(x)
-    y, new = block.mix(block.norm(x), state)
+    x, rest, new = block.mix(x, rest, state)
     write_state(state, new, keep_position)
-    return block.mix_channels(x, y)
+    return block.mix_channels(x, rest)
 
 
 def read(
@@ -212,7 +211,7 @@ def _counters(state: State) -> list[int]:
 
 def finish(model: LanguageModel, x: Tensor, rest: Rest) -> Tensor:
     """x + rest, the output of the last block [B, D] -> logits [B, V]."""
-    return model.head(model.norm(rest.added_to(x)))
+    return model.head(add_norm(model.norm, x, rest)[1])
 
 
 def pick(logits: Tensor, temperature: Tensor | None, generator: torch.Generator | None) -> Tensor:

@@ -1,9 +1,9 @@
-"""A block as decode steps run it: layers that read the same input as one product, and deep products in parts.
+"""A block as decode steps run it: few products, long sums in parts, and weights asked for before they are read.
 
 A step multiplies a few rows by every weight. How long that takes is decided by how many multiprocessors read weights
-at once, and the libraries' products of few rows keep too few of them busy where a matrix is small, or has few columns
-and a long sum. Layers that read the mixer's input are joined; a long sum is divided into parts, added up by whatever
-reads the result. Both hold for any mixer whose projections are `torch.nn.Linear`.
+at once, and from when on. Layers that read the mixer's input are joined; the long sum of the layer that a mixer, or a
+channel mixer, ends with is divided into parts, which the norm that follows adds up. Norms and activations ask for the
+weights of the product that comes next. All of this holds for any mixer whose projections are `torch.nn.Linear`.
 
 Axes: B batch, D and N inputs and outputs of a layer, S parts.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import kernels
 from architectures.mixer import State, clone_state
 from zoology.model import Block, ChannelMixer
 
@@ -36,11 +37,13 @@ class Rest(NamedTuple):
     parts: Tensor
     bias: Tensor | None = None
 
-    def added_to(self, x: Tensor) -> Tensor:
-        """x [B, D] -> [B, D] of the same dtype, rounded once."""
-        if self.parts.shape[0] == 1 and self.bias is None:
-            return x + self.parts[0]
-        return total(self.parts, self.bias, x).to(x.dtype)
+
+def add_norm(norm: nn.Module, x: Tensor, rest: Rest, ahead: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x + rest [B, D], rounded once, and its norm; `ahead` is what is read next, see `kernels.add_norm`."""
+    if type(norm) is nn.RMSNorm and norm.weight is not None:
+        return kernels.add_norm(x, rest.parts, norm.weight, bias=rest.bias, eps=norm.eps, ahead=ahead)
+    x = total(rest.parts, rest.bias, x).to(x.dtype)
+    return x, norm(x)
 
 
 def total(parts: Tensor, bias: Tensor | None, start: Tensor | None = None) -> Tensor:
@@ -83,10 +86,7 @@ def choose_num_parts(rows: int, n: int, d: int, dtype: torch.dtype, device: torc
         product_in_parts(x, weights[0], allowed[-1])
     except RuntimeError:
         return 1  # the library has no such product for this device
-    times = {
-        parts: _time(lambda weight, parts=parts: _product(x, weight, None, parts), weights.unbind())
-        for parts in allowed
-    }
+    times = {parts: _time(functools.partial(_product, x, parts), weights.unbind()) for parts in allowed}
     best = min(times, key=times.get)
     return best if times[best] < WORTH * times[1] else 1
 
@@ -110,15 +110,14 @@ def _time(run, weights: tuple[Tensor, ...]) -> float:
     return min(first.elapsed_time(last) for first, last in itertools.pairwise(marks))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, num_parts: int) -> tuple[Tensor, Tensor | None]:
-    """Parts [S, B, N] of x W^T + b, and the bias if it is not in them."""
-    if num_parts == 1:
-        return F.linear(x, weight, bias)[None], None
-    return product_in_parts(x, weight, num_parts), bias
+def _product(x: Tensor, num_parts: int, weight: Tensor) -> Tensor:
+    return F.linear(x, weight) if num_parts == 1 else product_in_parts(x, weight, num_parts)
 
 
-class StandIn(nn.Module):
-    """What takes the place of a linear layer for a number of rows, and has its weights."""
+class LastLinear(nn.Module):
+    """A linear layer [B, D] that a block, or its mixer, ends with: its output is left as a `Rest`, and what is
+    returned stands for it.
+    """
 
     def __init__(self, layer: nn.Linear, rows: int):
         super().__init__()
@@ -126,22 +125,21 @@ class StandIn(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.num_parts = choose_num_parts(rows, *layer.weight.shape, layer.weight.dtype, layer.weight.device)
 
-
-class StepLinear(StandIn):
-    """A linear layer [..., D] -> [..., N]."""
-
     def forward(self, x: Tensor) -> Tensor:
+        self.rest = self.of(x)
+        self.stands_for_it = x.new_empty(x.shape[0], self.out_features)
+        return self.stands_for_it
+
+    def of(self, x: Tensor) -> Rest:
         if self.num_parts == 1:
-            return F.linear(x, self.weight, self.bias)
-        parts, bias = _product(x.flatten(0, -2), self.weight, self.bias, self.num_parts)
-        return total(parts, bias).to(x.dtype).unflatten(0, x.shape[:-1])
+            return Rest(F.linear(x, self.weight, self.bias)[None])
+        return Rest(product_in_parts(x, self.weight, self.num_parts), self.bias)
 
-
-class LastLinear(StandIn):
-    """The last linear layer of a block, [B, D] -> `Rest`."""
-
-    def forward(self, x: Tensor) -> Rest:
-        return Rest(*_product(x, self.weight, self.bias, self.num_parts))
+    def taken(self, y: Tensor) -> Rest:
+        """The output, after a step returned `y`."""
+        assert y is self.stands_for_it, "a mixer's step ends otherwise than it did when it was looked at"
+        rest, self.rest, self.stands_for_it = self.rest, None, None
+        return rest
 
 
 class Joined(nn.Module):
@@ -150,7 +148,7 @@ class Joined(nn.Module):
     Weights are copied; `refresh` copies them again.
     """
 
-    def __init__(self, layers: list[nn.Linear], rows: int):
+    def __init__(self, layers: list[nn.Linear]):
         super().__init__()
         self.sources = [[layer.weight for layer in layers], [layer.bias for layer in layers]]
         if layers[0].bias is None:
@@ -159,13 +157,10 @@ class Joined(nn.Module):
         self.register_buffer("weight", joined[0], persistent=False)
         self.register_buffer("bias", joined[1] if len(joined) > 1 else None, persistent=False)
         self.sizes = [layer.out_features for layer in layers]
-        self.num_parts = choose_num_parts(rows, *self.weight.shape, self.weight.dtype, self.weight.device)
         self.outputs: tuple[Tensor, ...] | None = None
 
     def read(self, x: Tensor) -> None:
-        parts, bias = _product(x, self.weight, self.bias, self.num_parts)
-        # Whatever kernel reads a part finds it in one piece, and need not copy it.
-        self.outputs = tuple(one.contiguous() for one in total(parts, bias).to(x.dtype).split(self.sizes, -1))
+        self.outputs = F.linear(x, self.weight, self.bias).split(self.sizes, -1)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -193,39 +188,46 @@ class StepBlock(nn.Module):
     def __init__(self, block: Block, state: State, rows: int):
         """`state` is an empty one for one sequence; it is left as it is. `rows` is the batch size."""
         super().__init__()
-        layers = read_input(block, state)
-        self.joined = Joined(layers, rows) if len(layers) > 1 else None
-        replaced = {layer: Columns(layer, self.joined, index) for index, layer in enumerate(layers) if self.joined}
+        first, last = input_and_output(block, state)
+        self.joined = Joined(first) if len(first) > 1 else None
+        self.last = None if last is None else LastLinear(last, rows)
+        replaced: dict[nn.Linear, nn.Module] = {} if last is None else {last: self.last}
+        if self.joined is not None:
+            replaced |= {layer: Columns(layer, self.joined, index) for index, layer in enumerate(first)}
+        self.first = [self.joined or layer for layer in first[:1]]  # a list: no submodule a second time
         self.norm, self.channel_norm = block.norm, block.channel_norm
-        self.mixer = with_layers(block.mixer, replaced, rows)
-        last = {block.channel_mixer.fc2: LastLinear(block.channel_mixer.fc2, rows)} if self._has_last(block) else {}
-        self.channel_mixer = with_layers(block.channel_mixer, last, rows)
+        self.mixer = with_layers(block.mixer, replaced)
+        self.kind, self.fc1, self.fc2 = None, None, None
+        self.channel_mixer = block.channel_mixer
+        if type(block.channel_mixer) is ChannelMixer:
+            self.kind = "swiglu" if block.channel_mixer.gated else "gelu"
+            self.fc1, self.fc2 = block.channel_mixer.fc1, LastLinear(block.channel_mixer.fc2, rows)
+            self.channel_mixer = None
 
-    @staticmethod
-    def _has_last(block: Block) -> bool:
-        return type(block.channel_mixer) is ChannelMixer
+    def mix(self, x: Tensor, rest: Rest, state: State) -> tuple[Tensor, Rest, State]:
+        """The input x + rest -> itself, the mixer's output, and its new state."""
+        ahead = self.first[0].weight if self.first else None
+        x, normed = add_norm(self.norm, x, rest, ahead)
+        if self.joined is not None:
+            self.joined.read(normed)
+        y, state = self.mixer.step(normed, state)
+        if self.joined is not None:
+            self.joined.outputs = None
+        return x, Rest(y[None]) if self.last is None else self.last.taken(y), state
 
-    def mix(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """`mixer.step`."""
-        if self.joined is None:
-            return self.mixer.step(x, state)
-        self.joined.read(x)
-        y, state = self.mixer.step(x, state)
-        self.joined.outputs = None
-        return y, state
-
-    def mix_channels(self, x: Tensor, y: Tensor) -> tuple[Tensor, Rest]:
-        """The channel half of the block after x + y, its own addition left out."""
+    def mix_channels(self, x: Tensor, rest: Rest) -> tuple[Tensor, Rest]:
+        """The channel half of the block after x + rest, its own addition left out."""
         if self.channel_norm is None:
-            return x, Rest(y[None])
-        x = x + y
-        y = self.channel_mixer(self.channel_norm(x))
-        return x, y if isinstance(y, Rest) else Rest(y[None])
+            return x, rest
+        x, normed = add_norm(self.channel_norm, x, rest, None if self.fc1 is None else self.fc1.weight)
+        if self.kind is None:
+            return x, Rest(self.channel_mixer(normed)[None])
+        return x, self.fc2.of(kernels.activation(self.fc1(normed), self.kind, ahead=self.fc2.weight))
 
     def no_rest(self, x: Tensor) -> Rest:
-        """Nothing to add to x [B, D], in the shapes that `mix_channels` leaves."""
-        last = getattr(self.channel_mixer, "fc2", None)
-        if not isinstance(last, LastLinear) or last.num_parts == 1:
+        """Nothing to add to x [B, D], in the shapes that this block leaves."""
+        last = self.last if self.channel_norm is None else self.fc2
+        if last is None or last.num_parts == 1:
             return Rest(torch.zeros_like(x)[None])
         dtype = torch.promote_types(x.dtype, torch.float32)
         bias = None if last.bias is None else torch.zeros_like(last.bias)
@@ -233,39 +235,42 @@ class StepBlock(nn.Module):
 
 
 @torch.no_grad()
-def read_input(block: Block, state: State) -> list[nn.Linear]:
-    """The linear layers that read the very input of the mixer's step and nothing else, found by one step.
+def input_and_output(block: Block, state: State) -> tuple[list[nn.Linear], nn.Linear | None]:
+    """The linear layers that read the very input of the mixer's step and nothing else, and the one whose output it is.
 
-    In the order of their first call; only those of the first one's dtype, and with a bias if it has one.
+    Found by one step. The former are in the order of their first call; only those of the first one's dtype, and with a
+    bias if it has one. The latter is called once, and is none of them.
     """
     x = next(block.parameters()).new_zeros(1, block.mixer.d_model)
     found: dict[nn.Linear, bool] = {}
+    outputs: dict[nn.Linear, list[Tensor]] = {}
 
-    def note(layer: nn.Linear, given: tuple[Tensor, ...]) -> None:
+    def note(layer: nn.Linear, given: tuple[Tensor, ...], output: Tensor) -> None:
         same = given[0].data_ptr() == x.data_ptr() and given[0].numel() == x.numel()
         found[layer] = found.get(layer, True) and same
+        outputs.setdefault(layer, []).append(output)
 
-    hooks = [layer.register_forward_pre_hook(note) for layer in block.mixer.modules() if type(layer) is nn.Linear]
+    hooks = [layer.register_forward_hook(note) for layer in block.mixer.modules() if type(layer) is nn.Linear]
     try:
-        block.mixer.step(x, clone_state(state))
+        y, _ = block.mixer.step(x, clone_state(state))
     finally:
         for hook in hooks:
             hook.remove()
     layers = [layer for layer, same in found.items() if same]
-    return [
+    first = [
         layer
         for layer in layers
         if layer.weight.dtype == layers[0].weight.dtype and (layer.bias is None) == (layers[0].bias is None)
     ]
+    last = next((layer for layer, made in outputs.items() if len(made) == 1 and made[0] is y), None)
+    return first, None if last in first else last
 
 
-def with_layers(module: nn.Module, replaced: dict[nn.Linear, nn.Module], rows: int) -> nn.Module:
+def with_layers(module: nn.Module, replaced: dict[nn.Linear, nn.Module]) -> nn.Module:
     """The same module, all it holds shared, with other linear layers."""
     if module in replaced:
         return replaced[module]
-    if type(module) is nn.Linear:
-        return StepLinear(module, rows)
-    children = {name: with_layers(child, replaced, rows) for name, child in module.named_children()}
+    children = {name: with_layers(child, replaced) for name, child in module.named_children()}
     if all(child is module._modules[name] for name, child in children.items()):
         return module
     twin = copy.copy(module)

@@ -417,9 +417,10 @@ def launch_step(q, k, v, state, new, scale):
 
     A program owns one head's state, and each element is read before the thread that read it writes it.
     """
-    q, k, v = (x.contiguous() for x in (q, k, v))
+    # Parts of one projection come as they are: rows and heads may lie apart, entries of a head may not.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (b, h, f), v_dim = q.shape, v.shape[-1]
-    o = torch.empty_like(v)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     v_padded = triton.next_power_of_2(v_dim)
     tk._step_kernel[(b * h,)](
         q,
@@ -429,6 +430,10 @@ def launch_step(q, k, v, state, new, scale):
         o,
         *new,
         scale,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        h,
         F=f,
         NF=num_taylor_features(f),
         V=v_dim,

@@ -953,6 +953,13 @@ def _step_kernel(
     new_kv_ptr,
     new_z_ptr,
     scale,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    H,
     F: tl.constexpr,
     NF: tl.constexpr,
     V: tl.constexpr,
@@ -961,11 +968,13 @@ def _step_kernel(
 ):
     """One token of one head: S += phi(k) v^T, z += phi(k), o = phi(q).S / phi(q).z; the state moves once each way."""
     i_bh = tl.program_id(0).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    p_q, p_k = q_ptr + i_b * q_row + i_h * q_head, k_ptr + i_b * k_row + i_h * k_head
     o_v = tl.arange(0, VP)
     m_v = o_v < V
     NUM: tl.constexpr = (NF + BR - 1) // BR
     b_s_next, b_z_next = _load_rows(kv_ptr, z_ptr, i_bh, 0, o_v, NF, V, BR)
-    b_v = tl.load(v_ptr + i_bh * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    b_v = tl.load(v_ptr + i_b * v_row + i_h * v_head + o_v, mask=m_v, other=0.0).to(tl.float32)
     b_o = tl.zeros([VP], tl.float32)
     b_n = tl.zeros([BR], tl.float32)
     root = tl.sqrt(scale)
@@ -980,10 +989,10 @@ def _step_kernel(
         second = (p % F + p // F) % F
         m_1, m_2 = (r >= 1) & (r < NF), (p >= 0) & (r < NF)
         factor = tl.where(m_2, tl.where(p < F, scale * 0.7071067811865476, scale), tl.where(m_1, root, 1.0))
-        b_pq = tl.load(q_ptr + i_bh * F + first, mask=m_1, other=1.0).to(tl.float32)
-        b_pq *= tl.load(q_ptr + i_bh * F + second, mask=m_2, other=1.0).to(tl.float32) * factor
-        b_pk = tl.load(k_ptr + i_bh * F + first, mask=m_1, other=1.0).to(tl.float32)
-        b_pk *= tl.load(k_ptr + i_bh * F + second, mask=m_2, other=1.0).to(tl.float32) * factor
+        b_pq = tl.load(p_q + first, mask=m_1, other=1.0).to(tl.float32)
+        b_pq *= tl.load(p_q + second, mask=m_2, other=1.0).to(tl.float32) * factor
+        b_pk = tl.load(p_k + first, mask=m_1, other=1.0).to(tl.float32)
+        b_pk *= tl.load(p_k + second, mask=m_2, other=1.0).to(tl.float32) * factor
         b_pq = tl.where(r < NF, b_pq, 0.0)
         b_s = b_s.to(tl.float32) + b_pk[:, None] * b_v[None, :]
         b_z = b_z.to(tl.float32) + b_pk

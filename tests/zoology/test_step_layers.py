@@ -10,7 +10,7 @@ from zoology import step_layers
 from zoology.config import ModelConfig, layer
 from zoology.generation import Decoder
 from zoology.model import LanguageModel
-from zoology.step_layers import Columns, Joined, LastLinear, Rest, StepBlock, StepLinear
+from zoology.step_layers import Columns, Joined, LastLinear, Rest, StepBlock, add_norm, total
 
 
 def build(spec, **options):
@@ -41,9 +41,10 @@ def test_a_step_is_that_of_the_block(spec, sizes):
     assert (step.joined.sizes if step.joined else None) == sizes
     one, other = states(block)
     for x in torch.randn(4, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)):
-        y, one = step.mix(x, one)
-        expected, other = block.mixer.step(x, other)
-        assert torch.allclose(y, expected, rtol=1e-12, atol=1e-14)
+        same, rest, one = step.mix(x, step.no_rest(x), one)
+        expected, other = block.mixer.step(block.norm(x), other)
+        assert torch.equal(same, x)
+        assert torch.allclose(total(rest.parts, rest.bias), expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("num_parts", [2, 4])
@@ -64,15 +65,18 @@ def test_sums_in_parts_are_the_whole_sum(monkeypatch, channel_mixer, num_parts):
         decoder.decode(token, 1)
         found.append(decoder.logits)
     assert torch.allclose(torch.stack(found, 1), model(tokens), rtol=1e-9, atol=1e-12)
-    # In a step: q k v at once and out; in, x and out; qkv and out; and two of every channel mixer.
-    assert divided == [num_parts] * 7 * (7 + (0 if channel_mixer == "none" else 6))
+    # In a step: what each of the three mixers ends with, and each channel mixer.
+    assert divided == [num_parts] * 7 * (3 + (0 if channel_mixer == "none" else 3))
 
 
 def test_a_rest_is_rounded_once():
     x, parts, bias = torch.ones(2, 3).bfloat16(), torch.full((4, 2, 3), 2.0**-9), torch.full((3,), 2.0**-9).bfloat16()
     whole = 1 + 5 * 2.0**-9
-    assert torch.equal(Rest(parts, bias).added_to(x), torch.full((2, 3), whole).bfloat16())
-    assert torch.equal(Rest(x[None]).added_to(x), 2 * x)
+    for norm in (nn.LayerNorm(3).bfloat16(), nn.RMSNorm(3).bfloat16()):
+        found, normed = add_norm(norm, x, Rest(parts, bias))
+        assert torch.equal(found, torch.full((2, 3), whole).bfloat16())
+        assert torch.equal(normed, norm(found))
+        assert torch.equal(add_norm(norm, x, Rest(x[None]))[0], 2 * x)
 
 
 def test_the_model_keeps_its_layers_and_shares_its_weights():
@@ -80,14 +84,15 @@ def test_the_model_keeps_its_layers_and_shares_its_weights():
     step = StepBlock(block, block.mixer.init_state(1, 2), 3)
     assert {type(module) for name, module in block.named_modules() if name.endswith(("proj", "fc1"))} == {nn.Linear}
     assert type(step.mixer.q_proj) is Columns
-    assert (type(step.channel_mixer.fc1), type(step.channel_mixer.fc2)) == (StepLinear, LastLinear)
+    assert (type(step.fc1), type(step.fc2)) == (nn.Linear, LastLinear)
+    assert step.mixer.out_proj is step.last
     shared = {id(parameter) for parameter in block.parameters()}
     assert {id(parameter) for parameter in step.parameters()} == shared
 
 
 def test_weights_that_changed_are_copied_again():
     layers = [nn.Linear(4, 3), nn.Linear(4, 5)]
-    joined, x = Joined(layers, 2), torch.randn(2, 4)
+    joined, x = Joined(layers), torch.randn(2, 4)
 
     def outputs():
         joined.read(x)
@@ -128,7 +133,10 @@ def test_layers_of_another_input_stay_apart():
         step = StepBlock(block, block.mixer.init_state(1, 2), 3)
         x = torch.randn(3, 16, dtype=torch.float64)
         assert step.joined is None
-        assert torch.allclose(step.mix(x, None)[0], block.mixer.step(x, None)[0], rtol=1e-12, atol=1e-14)
+        assert step.last.weight is block.mixer.after.weight
+        _, rest, _ = step.mix(x, step.no_rest(x), None)
+        expected, _ = block.mixer.step(block.norm(x), None)
+        assert torch.allclose(total(rest.parts, rest.bias), expected, rtol=1e-12, atol=1e-14)
     finally:
         registry._entries.pop("odd")
 
