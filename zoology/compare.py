@@ -485,7 +485,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         comparisons = load(options.directory)
     except (ValueError, OSError) as error:
-        print(f"error: {options.directory}: {error}", file=sys.stderr)
+        named = str(options.directory) in str(error)
+        print(f"error: {error}" if named else f"error: {options.directory}: {error}", file=sys.stderr)
         return 2
     if options.json:
         print(to_json(comparisons))

@@ -192,6 +192,12 @@ def slice_title(frame: pd.DataFrame, name: str) -> str:
     return name
 
 
+def slice_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """`results.slice_table` with slices as readers know them (`slice_title`), rounded."""
+    titles = {name: slice_title(frame, name) for name in results.slice_names(frame)}
+    return results.slice_table(frame).rename(columns=titles).round(3)
+
+
 def _middle_of_gap(frame: pd.DataFrame, table: pd.DataFrame, limits: tuple[float, float]) -> float | None:
     """Where, in shares of the axis, the middle lies between the bound and the points; None if a legend does not fit."""
     low, high = np.log(limits)

@@ -329,7 +329,7 @@ def test_an_empty_or_missing_directory_is_refused(tmp_path, capsys):
     assert compare.main([str(tmp_path)]) == 2
     assert "holds no finished run" in capsys.readouterr().err
     assert compare.main([str(tmp_path / "nowhere")]) == 2
-    assert "No such file or directory" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: results directory {tmp_path / 'nowhere'}: No such file or directory\n"
 
 
 def test_the_command_is_listed():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from zoology import compare, figures, published, results, results_page
+from zoology import compare, figures, plot, published, results, results_page
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,6 +141,14 @@ def test_learning_rates_show_every_model_and_the_selected_rate(based):
     assert low.get_markerfacecolor() == "white"
     alphas = [line.get_alpha() for line in curves]
     assert alphas == sorted(alphas)
+
+
+def test_the_table_of_slices_names_them_as_the_figures_do(based):
+    bare, table = results.slice_table(based.frame), plot.slice_table(based.frame)
+    pairs = ["4 pairs, length 64", "8 pairs, length 64", "16 pairs, length 64", "32 pairs, length 128"]
+    pairs += ["64 pairs, length 256", "128 pairs, length 512", "256 pairs, length 1,024"]
+    assert list(table.columns) == [*bare.columns[:-8], "mean", *pairs]
+    assert table[pairs[-1]].tolist() == [round(value, 3) for value in bare["mqar seq_len=1024 num_kv_pairs=256"]]
 
 
 def test_learning_rates_that_were_not_run_have_their_place(paper_runs, make_record):
