@@ -67,6 +67,26 @@ class DiagonalSSM(nn.Module):
         half = torch.complex(-log_decay.exp() * dt, frequency * dt) / 2
         return (1 + half) / (1 - half), torch.view_as_complex(b) * dt / (1 - half), torch.view_as_complex(c)
 
+    def taps(self, length: int) -> Tensor:
+        """The filter 2 Re(C . dA^t dB), [T, H], in polar coordinates: real numbers, and one compiled kernel."""
+        acc = torch.promote_types(self.log_dt.dtype, torch.float32)
+        log_dt, log_decay, frequency, b, c = (
+            p.to(acc).unsqueeze(0) for p in (self.log_dt, self.log_decay, self.frequency, self.b, self.c)
+        )
+        dt = log_dt.exp().unsqueeze(-1)
+        real, imaginary = -log_decay.exp() * dt / 2, frequency * dt / 2
+        # |1 - half|^2, and dt C B / (1 - half), of which dt B / (1 - half) is dB.
+        below = (1 - real).square() + imaginary.square()
+        cb_real = c[..., 0] * b[..., 0] - c[..., 1] * b[..., 1]
+        cb_imaginary = c[..., 0] * b[..., 1] + c[..., 1] * b[..., 0]
+        first_real = dt * (cb_real * (1 - real) - cb_imaginary * imaginary) / below
+        first_imaginary = dt * (cb_imaginary * (1 - real) + cb_real * imaginary) / below
+        log_size = 0.5 * (((1 + real).square() + imaginary.square()) / below).log()
+        angle = torch.atan2(imaginary, 1 + real) + torch.atan2(imaginary, 1 - real)
+        t = torch.arange(length, device=dt.device, dtype=acc).view(-1, 1, 1)
+        turned = first_real * (t * angle).cos() - first_imaginary * (t * angle).sin()
+        return 2 * ((t * log_size).exp() * turned).sum(-1)
+
 
 def powers(base: Tensor, length: int) -> Tensor:
     """base^0 .. base^(length - 1) on a new last axis, by doubling."""
@@ -133,12 +153,12 @@ class H3(SequenceMixer):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         past = None if state is None else state.shift
         kv = self._products(fft_conv(k, self.shift(), history=past) + self.shift_skip * k, v)
-        da, db, c = self.ssm()
-        power = powers(da, length + 1)  # [H, d_state / 2, T + 1]
-        taps = 2 * torch.einsum("hn,hnt->th", c * db, power[..., :-1]).real
+        taps = self.ssm.taps(length)
         remembered = fft_conv(kv, taps[..., None, None])
         if state is None:
             return self._read(q, kv, remembered), None
+        da, db, c = self.ssm()
+        power = powers(da, length + 1)  # [H, d_state / 2, T + 1]
         ssm = torch.view_as_complex(state.ssm.to(taps.dtype))
         carried = 2 * torch.einsum("hnt,bhijn->bthij", c.unsqueeze(-1) * power[..., 1:], ssm).real
         writes = torch.view_as_real(db.unsqueeze(-1) * power[..., :-1].flip(-1))
