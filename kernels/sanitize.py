@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from kernels import (
+    activation,
+    add_norm,
+    cache_update,
     cached_attention,
     convolution_step,
     linear_cross_entropy,
@@ -74,12 +77,34 @@ def convolution(draw: Draw) -> Iterator[Tensor]:
 
 
 def one_convolution_step(draw: Draw) -> Iterator[Tensor]:
-    for d, activation in ((70, "silu"), (64, None)):
+    for d, silu in ((70, "silu"), (64, None)):
         tail = draw(3, 3, d)
         y, tail = convolution_step(
-            draw(3, d), tail, draw(d, 4), draw(d), activation=activation, gate=draw(3, d), backend="triton"
+            draw(3, d), tail, draw(d, 4), draw(d), activation=silu, gate=draw(3, d), ahead=draw(3000), backend="triton"
         )
         yield from (y, tail)
+
+
+def addition_and_norm(draw: Draw) -> Iterator[Tensor]:
+    """Ragged and whole rows, weights of odd and even sizes asked for, by few programs and by many."""
+    for rows, d, parts, ahead in ((3, 70, 1, 24), (3, 64, 4, 30_000), (200, 64, 2, 30_000)):
+        given = draw(rows, d), draw(parts, rows, d), draw(d)
+        yield from add_norm(*given, bias=draw(d), ahead=draw(ahead), backend="triton")
+
+
+def activations(draw: Draw) -> Iterator[Tensor]:
+    for rows, kind in ((3, "swiglu"), (200, "gelu")):
+        yield activation(draw(rows, 70), kind, ahead=draw(3000), backend="triton")
+
+
+def joining_a_cache(draw: Draw) -> Iterator[Tensor]:
+    """Rows that lie apart, filled up or not, turned or not."""
+    for heads, width, wide, turned in ((3, 10, 10, 4), (40, 70, 72, 0)):
+        parts = (part.unflatten(1, (heads, width)) for part in draw(2, 3 * heads * width).chunk(3, dim=1))
+        keys, values = draw(2, 5, heads, wide), draw(2, 5, heads, wide)
+        position = torch.tensor(7, device=keys.device)
+        yield cache_update(*parts, keys, values, position, turned=turned, backend="triton")
+        yield from (keys, values)
 
 
 def attention(draw: Draw) -> Iterator[Tensor]:
@@ -106,6 +131,9 @@ OPS: dict[str, Callable[[Draw], Iterator[Tensor]]] = {
     "taylor_linear_attention_step": taylor_step,
     "short_convolution": convolution,
     "convolution_step": one_convolution_step,
+    "add_norm": addition_and_norm,
+    "activation": activations,
+    "cache_update": joining_a_cache,
     "cached_attention": attention,
     "linear_cross_entropy": cross_entropy,
 }
