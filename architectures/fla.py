@@ -44,16 +44,13 @@ def refusal(
     for what, width in widths.items():
         if width > MAX_WIDTH:
             return f"heads have {what}s of width {width}; allowed: up to {MAX_WIDTH}"
-    # fla refuses the first itself. Measured on an H200 with fla 0.6.0 and Triton 3.6: the gradient of retention's keys
-    # is off by 450% whenever tuning takes 4 warps for the same kernel, chunk_bwd_kernel_dqkwg; it is right with 2.
-    wrong_backward = operation == "gated_delta_rule" or (operation == "retention" and dtype != torch.float32)
-    if wrong_backward and backends.is_hopper(device):
-        triton = backends.installed("triton")
-        if triton and (3, 4, 0) <= backends.version_tuple(triton) < (3, 7, 1):
-            return (
-                f"its backward pass is wrong on Hopper GPUs with Triton {triton} (known for 3.4.0 <= Triton < 3.7.1, "
-                "fla issue 640): upgrade Triton"
-            )
+    # Measured on an H200 with fla 0.6.0 and Triton 3.6: the gradient of retention's keys is off by 450% whenever tuning
+    # takes 4 warps for the kernel that fla issue 640 is about, chunk_bwd_kernel_dqkwg; it is right with 2.
+    if operation == "retention" and dtype != torch.float32 and (triton := _wrong_backward(device)):
+        return (
+            f"its backward pass is wrong on Hopper GPUs with Triton {triton} (known for 3.4.0 <= Triton < 3.7.1, "
+            "fla issue 640): upgrade Triton"
+        )
     if dtype == torch.float32 and not backends.tf32_allowed():
         why = ""
         if operation in NO_RECURRENT_GRADIENT:
@@ -68,6 +65,12 @@ def refusal(
         if width < MIN_CHUNKED_WIDTH or width % 2:
             return f"heads have {what}s of width {width}; allowed in {dtype}: even, at least {MIN_CHUNKED_WIDTH}"
     return None
+
+
+def _wrong_backward(device: torch.device) -> str | None:
+    """The installed Triton where it compiles fla's chunk_bwd_kernel_dqkwg wrongly for `device`, else None."""
+    triton = backends.installed("triton") if backends.is_hopper(device) else None
+    return triton if triton and (3, 4, 0) <= backends.version_tuple(triton) < (3, 7, 1) else None
 
 
 def linear_recurrence(
@@ -94,7 +97,11 @@ def linear_recurrence(
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.delta_rule`, scaled by K^(-1/2): g None, per head, or per key channel."""
+    """`kernels.delta_rule`, scaled by K^(-1/2): g None, per head, or per key channel.
+
+    Where fla's gradient for a decay per head is wrong (its issue 640) the decay of a head is given to each of the
+    head's key channels, whose kernels are others.
+    """
     q, k, v = autocast_inputs(q, k, v)
     scale = q.shape[-1] ** -0.5
     tensors = {"q": q, "k": k, "v": v, "beta": beta.to(q.dtype)}
@@ -110,6 +117,8 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, 
         return _run(chunk_delta_rule, recurrent, tensors, {}, state, scale=scale)
     from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 
+    if g.ndim == beta.ndim and backends.wants_grad(*tensors.values(), g, state) and _wrong_backward(q.device):
+        g = g.unsqueeze(-1).expand_as(k)
     tensors["beta"], tensors["g"] = beta.float(), g.float()
     if g.ndim == beta.ndim:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import architectures
+from architectures import backends
 from architectures.mixer import state_tensors
 
 
@@ -377,6 +378,23 @@ FLA = ["gla", "retnet", "rwkv6", "deltanet", "gated_deltanet", "kda", "rwkv7"]
 def test_fla(fla, name):
     check_training(*twins(name, "fla", num_heads=2))
     check_decoding(*twins(name, "fla", num_heads=2))
+
+
+@pytest.mark.parametrize(("triton", "kernel"), [("3.6.0", "chunk_kda"), ("3.7.1", "chunk_gated_delta_rule")])
+def test_fla_trains_a_decay_per_head_on_kernels_whose_gradient_is_right(fla, monkeypatch, triton, kernel):
+    called = []
+    fla("fla.ops.kda", chunk_kda=record(called, "chunk_kda", delta))
+    gated = record(called, "chunk_gated_delta_rule", delta)
+    fla("fla.ops.gated_delta_rule", chunk_gated_delta_rule=gated, fused_recurrent_gated_delta_rule=delta)
+    monkeypatch.setattr(backends, "installed", lambda name: triton)
+    monkeypatch.setattr(backends, "is_hopper", lambda device: True)
+    modules = twins("gated_deltanet", "fla", num_heads=2)
+    check_training(*modules)
+    assert set(called) == {kernel}
+    called.clear()
+    with torch.no_grad():
+        modules[0](torch.randn(2, 9, 16).double()), modules[1](torch.randn(2, 9, 16).double())
+    assert set(called) == {"chunk_gated_delta_rule"}
 
 
 def test_fla_in_float32(fla):
