@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architectures import fla
-from architectures.layers import ShortConvolution, merge_heads, split_heads
+from architectures.layers import ShortConvolution, merge_heads, split_heads, whole_sequences_only
 from architectures.mixer import (
     SequenceMixer,
     default_num_heads,
@@ -19,7 +19,7 @@ from architectures.mixer import (
     require_positive,
 )
 from architectures.registry import register
-from kernels.delta_rule import delta_rule, delta_rule_step
+from kernels.delta_rule import MAX_TRITON_WIDTH, delta_rule, delta_rule_step
 
 
 class DeltaState(NamedTuple):
@@ -37,7 +37,7 @@ class DeltaMixer(SequenceMixer):
     has a state type of its own, so that the state of one is refused by another.
     """
 
-    backends = ("fla", "reference")
+    backends = ("triton", "fla", "reference")
     State: ClassVar[type[DeltaState]]
     fla_operation: ClassVar[str]  # what `architectures.fla` calls the subclass's delta rule
 
@@ -81,32 +81,40 @@ class DeltaMixer(SequenceMixer):
         return None if self.gate_proj is None else split_heads(F.silu(self.gate_proj(x)), self.num_heads)
 
     def _mix(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, kernel: str
     ) -> tuple[Tensor, Tensor]:
         """The delta rule on [B, T, H, ...], or on one token [B, H, ...], from a state on."""
         if q.dim() == 3:
             return delta_rule_step(q, k, v, beta, g, state)
-        return delta_rule(q, k, v, beta, g, initial_state=state, output_final_state=True)
+        return delta_rule(q, k, v, beta, g, initial_state=state, output_final_state=True, backend=kernel)
 
-    def _run(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
-        """x [B, T, D] or [B, D]."""
+    def _run(self, x: Tensor, state: DeltaState, *, empty: bool = False) -> tuple[Tensor, DeltaState]:
+        """x [B, T, D] or [B, D]; `empty`: the state is."""
         self.check_state(x, state)
+        backend = self.backend_for(x)
         qkv, tail = self.qkv_proj(x), state.conv
         if self.conv is None:
             qkv = F.silu(qkv)
+        elif backend == "triton" and x.dim() == 3:
+            qkv, tail = self.conv.prefill_by_kernel(qkv, tail, empty=empty)
         else:
             qkv, tail = (self.conv.step if x.dim() == 2 else self.conv.prefill)(qkv, tail)
         q, k, v = (split_heads(part, self.num_heads) for part in qkv.split(self.widths, dim=-1))
         beta = self.beta_proj(x).sigmoid()
         if self.allow_neg_eigval:
             beta = 2 * beta
-        mix = fla.delta_rule if self.backend_for(x) == "fla" else self._mix
-        o, kv = mix(unit_length(q), unit_length(k), v, beta, self._decay(x), state.kv)
+        inputs = unit_length(q), unit_length(k), v, beta, self._decay(x), state.kv
+        if backend == "fla":
+            o, kv = fla.delta_rule(*inputs)
+        else:
+            o, kv = self._mix(*inputs, "triton" if backend == "triton" else "reference")
         # Under autocast o is narrower than the norm's weight.
         o, gate = self.norm(o.to(self.norm.weight.dtype)), self._gate(x)
         return self.out_proj(merge_heads(o if gate is None else o * gate)), self.State(kv, tail)
 
     def unsupported(self, backend, **case):
+        if backend == "triton":
+            return whole_sequences_only(self.head_dim, MAX_TRITON_WIDTH, named=self.backend == backend, **case)
         return fla.refusal(backend, self.fla_operation, self.head_dim, self.head_v_dim, **case)
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> DeltaState:
@@ -117,7 +125,8 @@ class DeltaMixer(SequenceMixer):
         return self.State(kv, self.conv.init_tail(batch_size, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype))[0]
+        empty = self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype)
+        return self._run(x, empty, empty=True)[0]
 
     def prefill(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         return self._run(x, state)

@@ -29,6 +29,7 @@ class KimiDeltaAttention(DeltaMixer):
     transformers' KimiLinearDeltaAttention, weights copied over.
     """
 
+    backends = ("fla", "reference")
     State = KimiDeltaAttentionState
     fla_operation = "kda"
 

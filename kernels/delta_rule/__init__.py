@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import triton_support
 from kernels.delta_rule.reference import chunk_terms, delta_terms, dplr_terms, step_terms
 from kernels.taylor_linear_attention import autocast_inputs, check_qkv, check_scale
 
 __all__ = ["delta_rule", "delta_rule_step", "dplr_delta_rule", "dplr_delta_rule_step"]
+
+BACKENDS = ("auto", "reference", "triton")
+MAX_TRITON_WIDTH = 128
 
 
 def delta_rule(
@@ -21,6 +25,7 @@ def delta_rule(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T and o_t = scale * S_t^T q_t, per head.
 
@@ -32,13 +37,15 @@ def delta_rule(
         scale: positive; K^(-1/2) when None.
         initial_state: S_0 [B, H, K, V], any floating dtype; zero when None.
         output_final_state: also return S_T, in the dtype of `initial_state`, or float32 (float64 for float64 inputs).
+        backend: "reference" (plain PyTorch), "triton" (g [B, T, H] or None, no fp64, K up to 128), or "auto": triton
+            where it supports the input in 16 bits, or in float32 where torch may multiply in TF32.
 
     Returns:
         o [B, T, H, V] in the dtype of v, and the final state or None. Sums are kept in float32 at least.
         Under autocast q, k and v are first cast to the autocast dtype.
 
     Raises:
-        ValueError: a shape, dtype, device or scale that does not fit.
+        ValueError: a shape, dtype, device, scale or backend that does not fit.
 
     Source: DeltaNet arXiv:2406.06484 (WY form, section 3), Gated DeltaNet arXiv:2412.06464 (eq. 10), Kimi Delta
     Attention arXiv:2510.26692 (eq. 1); see `reference.py` for the form that is computed.
@@ -47,7 +54,35 @@ def delta_rule(
     check_qkv(q, k, v, axes="BTH")
     _check_gates(q, beta, g)
     scale = check_scale(scale, q.shape[-1])
-    return _run(chunk_terms, delta_terms, (q, k, v, beta, g), scale, initial_state, output_final_state)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    refusal = triton_refusal(q, v, beta, g, initial_state)
+    if backend == "triton" and refusal:
+        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    if backend == "reference" or refusal or (backend == "auto" and exact):
+        return _run(chunk_terms, delta_terms, (q, k, v, beta, g), scale, initial_state, output_final_state)
+    if initial_state is not None:
+        _check_like("state", initial_state, ((q.shape[0], q.shape[2], q.shape[3], v.shape[3]),), q.device)
+    from kernels.delta_rule.triton import delta_rule_triton
+
+    with torch.autocast(q.device.type, enabled=False):
+        o, state = delta_rule_triton(q, k, v, beta, g, initial_state, scale)
+    return o, state if output_final_state else None
+
+
+def triton_refusal(
+    q: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None = None
+) -> str | None:
+    """Why the Triton kernels do not take these arguments of `delta_rule`; None if they do."""
+    for name, part in (("q", q), ("v", v), ("beta", beta), ("g", g), ("initial_state", initial_state)):
+        if part is not None and (found := triton_support.refusal(name, part)):
+            return found
+    if g is not None and g.ndim != 3:
+        return "there is a decay per key channel; allowed: one per head, g [B, T, H], or None"
+    if q.shape[-1] > MAX_TRITON_WIDTH:
+        return f"keys have width {q.shape[-1]}; allowed: up to {MAX_TRITON_WIDTH}"
+    return None
 
 
 def delta_rule_step(

@@ -24,7 +24,7 @@ MAX_VALUES = 64  # value columns of a program
 
 
 @triton.jit
-def _operand(x, OP: tl.constexpr, PREC: tl.constexpr):
+def operand(x, OP: tl.constexpr, PREC: tl.constexpr):
     """An operand of a product; for tf32 rounded, where the tensor cores would cut digits off."""
     x = x.to(OP)
     if PREC == "tf32" and x.dtype != tl.bfloat16:
@@ -33,25 +33,25 @@ def _operand(x, OP: tl.constexpr, PREC: tl.constexpr):
 
 
 @triton.jit
-def _dot(x, y, OP: tl.constexpr, PREC: tl.constexpr):
-    return tl.dot(_operand(x, OP, PREC), _operand(y, OP, PREC), input_precision=PREC)
+def dot(x, y, OP: tl.constexpr, PREC: tl.constexpr):
+    return tl.dot(operand(x, OP, PREC), operand(y, OP, PREC), input_precision=PREC)
 
 
 @triton.jit
-def _rows(p, o_t, o_x, T, H: tl.constexpr, X: tl.constexpr):
+def rows(p, o_t, o_x, T, H: tl.constexpr, X: tl.constexpr):
     """[C, BX] in float32 of one sequence and head of [T, H, X] at p, zero outside."""
     m = (o_t < T)[:, None] & (o_x < X)[None, :]
     return tl.load(p + o_t[:, None] * (H * X) + o_x[None, :], mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _put_rows(p, x, o_t, o_x, T, H: tl.constexpr, X: tl.constexpr):
+def put_rows(p, x, o_t, o_x, T, H: tl.constexpr, X: tl.constexpr):
     m = (o_t < T)[:, None] & (o_x < X)[None, :]
     tl.store(p + o_t[:, None] * (H * X) + o_x[None, :], x.to(p.dtype.element_ty), mask=m)
 
 
 @triton.jit
-def _decays(g_ptr, o_t, T, H: tl.constexpr, C: tl.constexpr):
+def decays(g_ptr, o_t, T, H: tl.constexpr, C: tl.constexpr):
     """exp(G) [C, C], zero where j > i; of the sums up to a token [C]; of those behind a token [C]; of the whole."""
     o_c = tl.arange(0, C)
     b_g = tl.load(g_ptr + o_t * H, mask=o_t < T, other=0.0).to(tl.float32)
@@ -97,14 +97,14 @@ def _forward_kernel(
     for i_c in range(0, num):
         o_t = i_c * C + o_c
         tl.store(starts_ptr + (row * num + i_c) * K * V + p_s, b_s, mask=m_s)
-        b_q = _rows(q_ptr + start * K, o_t, o_k, T, H, K)
-        b_k = _rows(k_ptr + start * K, o_t, o_k, T, H, K)
-        b_v = _rows(v_ptr + start * V, o_t, o_v, T, H, V)
-        b_pairs, b_until, b_after, b_total = _decays(g_ptr + start, o_t, T, H, C)
-        b_o = _dot(_dot(b_q, tl.trans(b_k), OP, PREC) * b_pairs, b_v, OP, PREC)
-        b_o += _dot(b_q * b_until[:, None], b_s, OP, PREC)
-        _put_rows(o_ptr + start * V, b_o, o_t, o_v, T, H, V)
-        b_s = b_s * b_total + _dot(tl.trans(b_k * b_after[:, None]), b_v, OP, PREC)
+        b_q = rows(q_ptr + start * K, o_t, o_k, T, H, K)
+        b_k = rows(k_ptr + start * K, o_t, o_k, T, H, K)
+        b_v = rows(v_ptr + start * V, o_t, o_v, T, H, V)
+        b_pairs, b_until, b_after, b_total = decays(g_ptr + start, o_t, T, H, C)
+        b_o = dot(dot(b_q, tl.trans(b_k), OP, PREC) * b_pairs, b_v, OP, PREC)
+        b_o += dot(b_q * b_until[:, None], b_s, OP, PREC)
+        put_rows(o_ptr + start * V, b_o, o_t, o_v, T, H, V)
+        b_s = b_s * b_total + dot(tl.trans(b_k * b_after[:, None]), b_v, OP, PREC)
     tl.store(last_ptr + row * K * V + p_s, b_s, mask=m_s)
 
 
@@ -148,32 +148,32 @@ def _backward_kernel(
     for i in range(0, num):
         i_c = num - 1 - i
         o_t = i_c * C + o_c
-        b_q = _rows(q_ptr + start * K, o_t, o_k, T, H, K)
-        b_k = _rows(k_ptr + start * K, o_t, o_k, T, H, K)
-        b_v = _rows(v_ptr + start * V, o_t, o_v, T, H, V)
-        b_do = _rows(do_ptr + start * V, o_t, o_v, T, H, V)
+        b_q = rows(q_ptr + start * K, o_t, o_k, T, H, K)
+        b_k = rows(k_ptr + start * K, o_t, o_k, T, H, K)
+        b_v = rows(v_ptr + start * V, o_t, o_v, T, H, V)
+        b_do = rows(do_ptr + start * V, o_t, o_v, T, H, V)
         b_s = tl.load(starts_ptr + (row * num + i_c) * K * V + p_s, mask=m_s, other=0.0)
-        b_pairs, b_until, b_after, b_total = _decays(g_ptr + start, o_t, T, H, C)
-        b_a = _dot(b_q, tl.trans(b_k), OP, PREC) * b_pairs
-        b_da = _dot(b_do, tl.trans(b_v), OP, PREC)
+        b_pairs, b_until, b_after, b_total = decays(g_ptr + start, o_t, T, H, C)
+        b_a = dot(b_q, tl.trans(b_k), OP, PREC) * b_pairs
+        b_da = dot(b_do, tl.trans(b_v), OP, PREC)
         b_w = tl.where(later, b_a * b_da, 0.0)  # [i, j]
         b_da *= b_pairs
-        b_from = _dot(b_do, tl.trans(b_s), OP, PREC) * b_until[:, None]
-        b_into = _dot(b_v, tl.trans(b_ds), OP, PREC) * b_after[:, None]
-        b_dq = _dot(b_da, b_k, OP, PREC) + b_from
-        b_dk = _dot(tl.trans(b_da), b_q, OP, PREC) + b_into
-        b_dv = _dot(tl.trans(b_a), b_do, OP, PREC) + _dot(b_k * b_after[:, None], b_ds, OP, PREC)
+        b_from = dot(b_do, tl.trans(b_s), OP, PREC) * b_until[:, None]
+        b_into = dot(b_v, tl.trans(b_ds), OP, PREC) * b_after[:, None]
+        b_dq = dot(b_da, b_k, OP, PREC) + b_from
+        b_dk = dot(tl.trans(b_da), b_q, OP, PREC) + b_into
+        b_dv = dot(tl.trans(b_a), b_do, OP, PREC) + dot(b_k * b_after[:, None], b_ds, OP, PREC)
         b_read, b_left = tl.sum(b_q * b_from, 1), tl.sum(b_k * b_into, 1)
         # At [l, j]: pairs of j with l or a later token; at [i, l] and [l, j] those with the chunk's start and end.
         b_dg = tl.sum(tl.where(later, tl.cumsum(b_w, 0, reverse=True), 0.0), 1)
         b_dg += tl.sum(tl.where(later, 0.0, b_read[None, :]), 1)
         b_dg += tl.sum(tl.where(later, b_left[None, :], 0.0), 1)
         b_dg += b_total * tl.sum(b_ds * b_s)
-        _put_rows(dq_ptr + share * K, b_dq, o_t, o_k, T, H, K)
-        _put_rows(dk_ptr + share * K, b_dk, o_t, o_k, T, H, K)
-        _put_rows(dv_ptr + start * V, b_dv, o_t, o_v, T, H, V)
+        put_rows(dq_ptr + share * K, b_dq, o_t, o_k, T, H, K)
+        put_rows(dk_ptr + share * K, b_dk, o_t, o_k, T, H, K)
+        put_rows(dv_ptr + start * V, b_dv, o_t, o_v, T, H, V)
         tl.store(dg_ptr + share + o_t * H, b_dg, mask=o_t < T)
-        b_ds = b_ds * b_total + _dot(tl.trans(b_q * b_until[:, None]), b_do, OP, PREC)
+        b_ds = b_ds * b_total + dot(tl.trans(b_q * b_until[:, None]), b_do, OP, PREC)
     tl.store(dinitial_ptr + row * K * V + p_s, b_ds, mask=m_s)
 
 

@@ -222,3 +222,95 @@ def test_wrong_arguments_are_refused():
         dplr_delta_rule(*core[:4], i["b"][:, :2], i["g"])
     with pytest.raises(ValueError, match="g is on meta"):
         dplr_delta_rule(*core[:5], i["g"].to("meta"))
+
+
+def close_to_float64(case, dtype, device):
+    """Outputs, states and gradients of the kernels: off by at most twice plain PyTorch's error, or 4 roundings."""
+    (b, t, h, k, v), resumed, gated = case
+    generator = torch.Generator().manual_seed(t)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    # Keys have something in common, which makes the triangular system hard, and beta goes up to 2.
+    keys, beta = F.normalize(normal(b, t, h, k) + 1, dim=-1), 2 * normal(b, t, h).sigmoid()
+    g = -torch.exp(2 * normal(b, t, h) - 2)
+    g[:, t // 2], g[:, t // 3] = -torch.inf, 0
+    inputs = [part.to(dtype) for part in (normal(b, t, h, k), keys, normal(b, t, h, v), beta)]
+    inputs += [g.float(), normal(b, h, k, v).float()]
+    weights = [part.to(device) for part in (normal(b, t, h, v), normal(b, h, k, v))]
+
+    def run(backend, wide):
+        leaves = [part.to(device, torch.float64 if wide else part.dtype).requires_grad_() for part in inputs]
+        given = [*leaves[:4], *([leaves[4]] if gated else []), *([leaves[5]] if resumed else [])]
+        o, last = delta_rule(
+            *leaves[:4],
+            leaves[4] if gated else None,
+            initial_state=leaves[5] if resumed else None,
+            output_final_state=True,
+            backend=backend,
+        )
+        total = (o.double() * weights[0]).sum()
+        if resumed:
+            total = total + (last.double() * weights[1]).sum()
+        return [o, last, *torch.autograd.grad(total, given)]
+
+    exact = run("reference", True)
+    for actual, rough, wanted in zip(run("triton", False), run("reference", False), exact, strict=True):
+        assert actual.dtype == rough.dtype
+        # Operands of products are rounded to the dtype of the inputs, also for what is kept in float32.
+        allowed = max(2 * error(rough, wanted), 4 * torch.finfo(dtype).eps)
+        assert error(actual, wanted) <= allowed, (case, dtype, error(actual, wanted), allowed)
+
+
+# B, T, H, K, V; from a state on and with a gradient through the last; with a decay
+SHAPES = [
+    ((2, 37, 2, 5, 3), True, True),
+    ((1, 70, 1, 16, 70), True, False),
+    ((1, 3, 2, 4, 6), False, True),
+]
+
+INTERPRETED = """
+import torch
+
+import test_delta_rule as t
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+for case in t.SHAPES:
+    t.close_to_float64(case, torch.float32, "cpu")
+t.close_to_float64(t.SHAPES[0], torch.float16, "cpu")
+print("same")
+"""
+
+
+def test_kernels_interpreted(run_interpreted):
+    run_interpreted(INTERPRETED)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*SHAPES, ((2, 256, 2, 64, 64), False, False), ((1, 200, 2, 128, 256), True, True)])
+def test_kernels_against_float64(case, dtype, poisoned):
+    close_to_float64(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [True, False])
+def test_registration_of_the_operator(gated):
+    import kernels.delta_rule.triton  # noqa: F401
+
+    i = make(20, torch.float32)
+    given = [i["q"], i["k"], i["v"], i["beta"], i["g"][..., 0], i["state"]]
+    leaves = [part.contiguous().cuda().requires_grad_() for part in given]
+    if not gated:
+        leaves[4] = None
+    torch.library.opcheck(torch.ops.zoology.delta_rule.default, (*leaves, SCALE))
+
+
+def test_what_triton_does_not_take():
+    i = make(4)
+    with pytest.raises(ValueError, match="backend='triton' cannot run here"):
+        run_public("gated_deltanet", i, backend="triton")
+    with pytest.raises(ValueError, match="backend is 'cuda'; allowed: auto, reference, triton"):
+        run_public("deltanet", i, backend="cuda")
