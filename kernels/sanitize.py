@@ -62,11 +62,11 @@ def prefix(draw: Draw) -> Iterator[Tensor]:
 def taylor_step(draw: Draw) -> Iterator[Tensor]:
     """Into a state of its own, and over the old one."""
     for dtype, v_dim in ((torch.float32, 64), (torch.bfloat16, 20)):
-        q, k, v = (draw(2, 3, n) for n in (16, 16, v_dim))
-        kv, key_sum = draw(2, 3, num_taylor_features(16), v_dim), draw(2, 3, num_taylor_features(16)).abs() + 10
+        q, k, v = (draw(50, 3, n) for n in (16, 16, v_dim))
+        kv, key_sum = draw(50, 3, num_taylor_features(16), v_dim), draw(50, 3, num_taylor_features(16)).abs() + 10
         state = TaylorState(kv.to(dtype), key_sum.to(dtype))
         for inplace in (False, True):
-            o, new = taylor_linear_attention_step(q, k, v, state, backend="triton", inplace=inplace)
+            o, new = taylor_linear_attention_step(q, k, v, state, backend="triton", inplace=inplace, ahead=draw(30_000))
             yield from (o, *new)
 
 
@@ -110,8 +110,9 @@ def joining_a_cache(draw: Draw) -> Iterator[Tensor]:
 def attention(draw: Draw) -> Iterator[Tensor]:
     """A cache read by one program a head, and one cut in parts that are joined."""
     for slots, used, width in ((50, 7, 40), (700, 650, 64)):
-        q, keys, values = draw(2, 3, width), draw(2, slots, 3, width), draw(2, slots, 3, width)
-        yield cached_attention(q, keys, values, torch.tensor(used, device=q.device), backend="triton")
+        q, keys, values = draw(50, 3, width), draw(50, slots, 3, width), draw(50, slots, 3, width)
+        at = torch.tensor(used, device=q.device)
+        yield cached_attention(q, keys, values, at, ahead=draw(30_000), backend="triton")
 
 
 def cross_entropy(draw: Draw) -> Iterator[Tensor]:

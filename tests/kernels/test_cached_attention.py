@@ -43,21 +43,25 @@ def check(case, dtype, device):
     """At most twice the error of plain PyTorch in the same precision, and never less than one rounding."""
     inputs = example(case, dtype, device)
     exact = expected(*inputs)
-    o = cached_attention(*inputs, backend="triton")
+    o = cached_attention(*inputs, ahead=torch.ones(30_000, device=device), backend="triton")
     assert o.dtype == dtype
     plain = error(cached_attention(*inputs, backend="reference"), exact)
     assert error(o, exact) <= max(2 * plain, torch.finfo(dtype).eps), (case, dtype, error(o, exact), plain)
 
 
-def check_inplace_step(device, state_dtype, h=3, f=5, v_dim=20):
+def check_inplace_step(device, state_dtype, b=2, h=3, f=5, v_dim=20):
     gen = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, h, n, generator=gen).to(device) for n in (f, f, v_dim))
-    state = TaylorState.zeros(2, h, f, v_dim, device=device, dtype=state_dtype)
+    q, k, v = (torch.randn(b, h, n, generator=gen).to(device) for n in (f, f, v_dim))
+    state = TaylorState.zeros(b, h, f, v_dim, device=device, dtype=state_dtype)
     state = TaylorState(torch.randn(state.kv.shape, generator=gen).to(state.kv), state.key_sum + 50)
     kept = TaylorState(*(x.clone() for x in state))
     o, new = taylor_linear_attention_step(q, k, v, state, backend="triton")
     assert all(torch.equal(one, other) for one, other in zip(state, kept))
-    written, same = taylor_linear_attention_step(q, k, v, state, backend="triton", inplace=True)
+    ahead = torch.ones(30_000, device=device)
+    # Parts of one projection: rows that lie apart.
+    q, k, v = torch.cat([x.flatten(1) for x in (q, k, v)], 1).split([h * f, h * f, h * v_dim], 1)
+    q, k, v = (x.unflatten(1, (h, -1)) for x in (q, k, v))
+    written, same = taylor_linear_attention_step(q, k, v, state, backend="triton", inplace=True, ahead=ahead)
     assert same is state
     assert torch.equal(written, o)
     assert all(torch.equal(one, other) for one, other in zip(state, new))
@@ -117,7 +121,7 @@ def test_on_the_device(case, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_inplace_step_on_the_device(state_dtype):
-    check_inplace_step("cuda", state_dtype, h=16, f=16, v_dim=112)
+    check_inplace_step("cuda", state_dtype, b=9, h=16, f=16, v_dim=112)
 
 
 @pytest.mark.parametrize(
