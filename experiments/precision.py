@@ -16,14 +16,14 @@ from zoology.runner.plan import load_sweep, with_precision, with_seeds
 SEEDS = 3
 
 MEMBERS = {
-    "smoke": {"attention": {}, "sliding_window": {"window": 16}, "based": {"feature_dim": 8}},
-    "laptop": {"attention": {}, "based": {"feature_dim": 4}, "deltanet": {"head_dim": 32}},
-    "paper": {"attention": {}, "based": {"feature_dim": 16}, "sliding_window": {"window": 64}, "deltanet": {}},
+    "smoke": {"attention": (32, {}), "sliding_window": (32, {"window": 16}), "based": (32, {"feature_dim": 8})},
+    "laptop": {"attention": (64, {}), "based": (64, {"feature_dim": 4}), "deltanet": (64, {"head_dim": 32})},
+    "paper": {"attention": (128, {}), "based": (64, {"feature_dim": 16}), "deltanet": (64, {})},
 }
-"""Softmax, over all and over few tokens, a sum of features with a normaliser, and the delta rule, which corrects its
-state and does not only add to it."""
+"""Width and options of softmax over all tokens, a sum of features with a normaliser, and the delta rule, which corrects
+its state and does not only add to it. The paper's last two reach part of their hardest slices: there a loss would show.
+"""
 
-WIDTH = {"smoke": 32, "laptop": 64, "paper": 128}
 RATE = {"smoke": 1e-2, "laptop": 1e-2, "paper": 3.16228e-3}
 
 
@@ -36,10 +36,8 @@ def sweep(scale: str) -> list[RunConfig]:
 
 
 def _chosen(run: RunConfig, scale: str) -> bool:
-    wanted = MEMBERS[scale].get(run.architecture)
+    if run.architecture not in MEMBERS[scale]:
+        return False
+    width, wanted = MEMBERS[scale][run.architecture]
     options = run.model.layers[-1].options
-    return (
-        wanted is not None
-        and (run.model.d_model, run.train.lr) == (WIDTH[scale], RATE[scale])
-        and all(options[name] == value for name, value in wanted.items())
-    )
+    return (run.model.d_model, run.train.lr) == (width, RATE[scale]) and wanted.items() <= options.items()
