@@ -11,22 +11,21 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.mark.parametrize(
-    ("scale", "models", "precisions", "width"),
+    ("scale", "widths", "precisions"),
     [
-        ("smoke", 3, ("fp32", "bf16"), 32),
-        ("laptop", 3, ("fp32", "bf16"), 64),
-        ("paper", 4, ("fp32", "tf32", "bf16"), 128),
+        ("smoke", {"attention": 32, "sliding_window": 32, "based": 32}, ("fp32", "bf16")),
+        ("laptop", {"attention": 64, "based": 64, "deltanet": 64}, ("fp32", "bf16")),
+        ("paper", {"attention": 128, "based": 64, "deltanet": 64}, ("fp32", "tf32", "bf16")),
     ],
 )
-def test_the_experiment_has_every_model_in_every_precision_with_three_seeds(scale, models, precisions, width):
+def test_the_experiment_has_every_model_in_every_precision_with_three_seeds(scale, widths, precisions):
     runs = plan.load_sweep(EXPERIMENTS / "precision.py", scale)
     whole = {run.run_id for run in plan.load_sweep(EXPERIMENTS / "mqar_sweep.py", scale)}
-    members = {run.architecture for run in runs}
-    assert len(members) == models
     assert sorted((run.architecture, run.train.precision, run.seed) for run in runs) == sorted(
-        (name, precision, seed) for name in members for precision in precisions for seed in range(3)
+        (name, precision, seed) for name in widths for precision in precisions for seed in range(3)
     )
-    assert {(run.model.d_model, run.train.lr) for run in runs} == {(width, runs[0].train.lr)}
+    assert {(run.architecture, run.model.d_model) for run in runs} == set(widths.items())
+    assert len({run.train.lr for run in runs}) == 1
     assert {run.run_id for run in runs} & whole == {
         run.run_id for run in runs if (run.train.precision, run.seed) == ("fp32", 0)
     }
