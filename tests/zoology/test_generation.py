@@ -1,6 +1,10 @@
 """Generation in static states: the parallel form's logits whatever the chunks, the same tokens, and clear refusals."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -78,6 +82,33 @@ def test_learned_positions_and_other_shells(norm):
     model, tokens = build(BASED, norm=norm, channel_mixer="none", max_positions=16), draw(2, 16)
     actual = decoded_logits(Decoder(model, 2, 16, chunk_size=3), tokens, 7)
     assert torch.allclose(actual, model(tokens)[:, 6:], rtol=1e-8, atol=1e-11)
+
+
+INTERPRETED = """
+import torch
+
+import test_generation as t
+
+model = t.build(t.EXPANDED, t.BASED, t.WINDOW, norm="rmsnorm", channel_mixer="swiglu")
+tokens = t.draw(2, 9)
+exact = model(tokens)[:, 6:]
+with torch.no_grad():
+    plain = model.float()(tokens)[:, 6:]
+    found = t.decoded_logits(t.Decoder(model, 2, 9), tokens, 7)
+assert "triton" in model.blocks[2].mixer.backends_used()
+error, allowed = (float((one.double() - exact).norm() / exact.norm()) for one in (found, plain))
+assert error <= 2 * allowed, (error, allowed)
+print("same")
+"""
+
+
+def test_steps_by_the_kernels_of_a_gpu_interpreted():
+    """Norms, activations, convolutions and windows that wrap around are Triton's: no further off than plain float32."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{INTERPRETED}"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
+    assert done.stdout.strip() == "same", done.stderr
 
 
 def argmax_loop(model, tokens, new):
