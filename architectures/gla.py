@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architectures import fla
-from architectures.layers import ShortConvolution, merge_heads, split_heads
+from architectures.layers import ShortConvolution, merge_heads, split_heads, whole_sequences_only
 from architectures.mixer import SequenceMixer, default_num_heads, expanded_width, require_at_least, require_positive
 from architectures.registry import register
-from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
+from kernels.linear_recurrence import MAX_TRITON_WIDTH, linear_recurrence, linear_recurrence_step
 
 
 class GLAState(NamedTuple):
@@ -47,7 +47,7 @@ class GatedLinearAttention(SequenceMixer):
     Raises ValueError where expand_k or expand_v times d_model is no integer, or num_heads does not divide both.
     """
 
-    backends = ("fla", "reference")
+    backends = ("triton", "fla", "reference")
 
     def __init__(
         self,
@@ -92,6 +92,8 @@ class GatedLinearAttention(SequenceMixer):
         self.out_proj = nn.Linear(value_dim, d_model, bias=False)
 
     def unsupported(self, backend, **case):
+        if backend == "triton":
+            return whole_sequences_only(self.head_k_dim, MAX_TRITON_WIDTH, named=self.backend == backend, **case)
         return fla.refusal(backend, "gla", self.head_k_dim, self.head_v_dim, **case)
 
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> GLAState | GLAConvState:
@@ -113,8 +115,11 @@ class GatedLinearAttention(SequenceMixer):
     def _run(self, x: Tensor, state: GLAState | GLAConvState) -> tuple[Tensor, GLAState | GLAConvState]:
         """x [B, T, D] or, one token, [B, D]."""
         (q, k, v, g), *conv = self._project(x, *state[1:])
-        mix = fla.linear_recurrence if self.backend_for(x) == "fla" else self._mix
-        o, kv = mix(q * self.head_k_dim**-0.5, k, v, g, state.kv)
+        backend, q = self.backend_for(x), q * self.head_k_dim**-0.5
+        if backend == "fla":
+            o, kv = fla.linear_recurrence(q, k, v, g, state.kv)
+        else:
+            o, kv = self._mix(q, k, v, g, state.kv, "triton" if backend == "triton" else "reference")
         o = F.rms_norm(o, o.shape[-1:], self.norm_weight.to(o.dtype), self.norm_eps)
         o = merge_heads(o) * F.silu(self.g_proj(x))
         return self.out_proj(o), type(state)(kv, *conv)
@@ -131,7 +136,7 @@ class GatedLinearAttention(SequenceMixer):
         g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / self.gate_temperature
         return tuple(split_heads(part, self.num_heads) for part in (*parts, g)), *conv
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, kv: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
         if q.ndim == 3:
             return linear_recurrence_step(q, k, v, g, kv)
-        return linear_recurrence(q, k, v, g, initial_state=kv, output_final_state=True)
+        return linear_recurrence(q, k, v, g, initial_state=kv, output_final_state=True, backend=kernel)

@@ -43,7 +43,7 @@ def linear_recurrence(
         output_final_state: also return S_T, in the dtype of `initial_state`, or float32 (float64 for float64
             inputs) without one.
         chunk_size: a power of two (None: chosen); the work inside a chunk is quadratic in it.
-        backend: "reference" (plain PyTorch), "triton" (g [B, T, H], no bonus, no fp64, K up to 128, its own chunks), or
+        backend: "reference" (plain PyTorch), "triton" (a decay, no bonus, no fp64, K up to 128, chunks of its own), or
             "auto": triton where it supports the input in 16 bits, or in float32 where torch may multiply in TF32.
 
     Returns:
@@ -66,9 +66,11 @@ def linear_recurrence(
     exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     with torch.autocast(q.device.type, enabled=False):
         if backend == "triton" or (backend == "auto" and not refusal and not exact):
-            from kernels.linear_recurrence.triton import linear_recurrence_triton
-
-            o, state = linear_recurrence_triton(q, k, v, g, initial_state=initial_state)
+            if g.ndim == 4:
+                from kernels.linear_recurrence.triton_channels import channel_recurrence_triton as run
+            else:
+                from kernels.linear_recurrence.triton import linear_recurrence_triton as run
+            o, state = run(q, k, v, g, initial_state=initial_state)
             return o, state if output_final_state else None
         return linear_recurrence_reference(
             q,
@@ -94,8 +96,8 @@ def triton_refusal(
     for name, part in (("q", q), ("v", v), ("g", g), ("initial_state", initial_state)):
         if part is not None and (found := triton_support.refusal(name, part)):
             return found
-    if g is None or g.ndim != 3:
-        return "it takes one decay per head and token, g [B, T, H]"
+    if g is None:
+        return "there is no decay; allowed: g [B, T, H] or [B, T, H, K]"
     if bonus is not None:
         return "there is a bonus; allowed: None"
     if chunk_size is not None:

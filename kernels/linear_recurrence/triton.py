@@ -263,12 +263,8 @@ def _backward(ctx, d_o, _, d_last):
     q, k, v, g, starts = ctx.saved_tensors
     d_o = torch.zeros_like(v) if d_o is None else d_o
     dq, dk, dv, dg, d_initial = torch.ops.zoology.linear_recurrence_backward(q, k, v, g, starts, d_o, d_last)
-    dq, dk = (_total(part).to(q.dtype) for part in (dq, dk))
-    return dq, dk, dv, _total(dg).to(g.dtype), d_initial if ctx.has_initial else None
-
-
-def _total(shares: Tensor) -> Tensor:
-    return shares.squeeze(0) if shares.shape[0] == 1 else shares.sum(0)
+    dq, dk, dg = dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype), dg.sum(0).to(g.dtype)
+    return dq, dk, dv, dg, d_initial if ctx.has_initial else None
 
 
 forward_op.register_autograd(_backward, setup_context=_setup)

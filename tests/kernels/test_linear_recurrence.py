@@ -188,13 +188,13 @@ def test_bad_dtypes_and_a_missing_state():
 
 def close_to_float64(case, dtype, device):
     """Outputs, states and gradients of the kernels: off by at most twice plain PyTorch's error, or 4 roundings."""
-    (b, t, h, k, v), resumed = case
+    (b, t, h, k, v), resumed, by_channel = case
     generator = torch.Generator().manual_seed(t)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    g = -torch.exp(2 * normal(b, t, h) - 2)
+    g = -torch.exp(2 * (normal(b, t, h, k) if by_channel else normal(b, t, h)) - 2)
     g[:, t // 2], g[:, t // 3] = -torch.inf, 0
     inputs = [part.to(dtype) for part in (normal(b, t, h, k), normal(b, t, h, k), normal(b, t, h, v))]
     inputs += [g.float(), normal(b, h, k, v).float()]
@@ -218,11 +218,13 @@ def close_to_float64(case, dtype, device):
         assert error(actual, wanted) <= allowed, (case, dtype, error(actual, wanted), allowed)
 
 
-# B, T, H, K, V, whether from a state on and with a gradient through the last
+# B, T, H, K, V; from a state on and with a gradient through the last; with a decay per key channel
 SHAPES = [
-    ((2, 37, 2, 5, 3), True),
-    ((1, 130, 1, 16, 70), False),
-    ((1, 3, 2, 4, 6), False),
+    ((2, 37, 2, 5, 3), True, False),
+    ((1, 130, 1, 16, 70), False, False),
+    ((1, 3, 2, 4, 6), False, False),
+    ((2, 37, 2, 5, 3), True, True),
+    ((1, 20, 1, 16, 70), False, True),
 ]
 
 INTERPRETED = """
@@ -235,6 +237,7 @@ torch.use_deterministic_algorithms(True)
 for case in t.SHAPES:
     t.close_to_float64(case, torch.float32, "cpu")
 t.close_to_float64(t.SHAPES[0], torch.float16, "cpu")
+t.close_to_float64(t.SHAPES[3], torch.float16, "cpu")
 print("same")
 """
 
@@ -245,18 +248,28 @@ def test_kernels_interpreted(run_interpreted):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", [*SHAPES, ((2, 256, 4, 24, 64), False), ((1, 200, 2, 128, 256), True)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *SHAPES,
+        ((2, 256, 4, 24, 64), False, False),
+        ((1, 200, 2, 128, 256), True, False),
+        ((2, 256, 2, 32, 64), False, True),
+        ((1, 200, 2, 128, 256), True, True),
+    ],
+)
 def test_kernels_against_float64(case, dtype, poisoned):
     close_to_float64(case, dtype, "cuda")
 
 
 @pytest.mark.gpu
-def test_registration_of_the_operator():
-    import kernels.linear_recurrence.triton  # noqa: F401
+@pytest.mark.parametrize(("decay", "name"), [("head", "linear_recurrence"), ("key", "channel_recurrence")])
+def test_registration_of_the_operators(decay, name):
+    import kernels.linear_recurrence.triton_channels  # noqa: F401
 
-    q, k, v, g, _, state = draw("head", length=20, dtype=torch.float32, strong=False)
+    q, k, v, g, _, state = draw(decay, length=20, dtype=torch.float32, strong=False)
     leaves = [part.cuda().requires_grad_() for part in (q, k, v, g, state)]
-    torch.library.opcheck(torch.ops.zoology.linear_recurrence.default, leaves)
+    torch.library.opcheck(getattr(torch.ops.zoology, name).default, leaves)
 
 
 @pytest.mark.parametrize(
