@@ -21,8 +21,11 @@ from kernels import (
     cache_update,
     cached_attention,
     convolution_step,
+    delta_rule,
     linear_cross_entropy,
+    linear_recurrence,
     prefix_linear_attention,
+    selective_scan,
     short_convolution,
     taylor_linear_attention,
     taylor_linear_attention_step,
@@ -126,6 +129,37 @@ def cross_entropy(draw: Draw) -> Iterator[Tensor]:
         )
 
 
+def scan(draw: Draw) -> Iterator[Tensor]:
+    """Ragged, from a state on, and even; states of an odd and of a wide width."""
+    for length, d, n, resumed in ((37, 70, 3, True), (64, 64, 24, False)):
+        x, dt, a = draw(2, length, d, **WITH_GRADIENT), draw(2, length, d).abs(), -draw(d, n).abs()
+        b, c = draw(2, length, n, **WITH_GRADIENT), draw(2, length, n, **WITH_GRADIENT)
+        y, last = selective_scan(x, dt, a, b, c, initial_state=draw(2, d, n) if resumed else None, backend="triton")
+        yield from differentiate(y, *([last] if resumed else []), inputs=[x, b, c])
+
+
+def recurrence(draw: Draw) -> Iterator[Tensor]:
+    """A decay per head and one per channel; ragged, from a state on, in several tiles of values; and even."""
+    for length, k_dim, v_dim, resumed in ((70, 20, 80, True), (64, 16, 64, False)):
+        for by_channel in (False, True):
+            q, k, v = (draw(2, length, 3, n, **WITH_GRADIENT) for n in (k_dim, k_dim, v_dim))
+            g = -draw(*((2, length, 3, k_dim) if by_channel else (2, length, 3))).abs()
+            state = draw(2, 3, k_dim, v_dim) if resumed else None
+            o, last = linear_recurrence(q, k, v, g, initial_state=state, output_final_state=resumed, backend="triton")
+            yield from differentiate(o, *([last] if resumed else []), inputs=[q, k, v])
+
+
+def delta(draw: Draw) -> Iterator[Tensor]:
+    """With and without a decay; ragged, from a state on, in several tiles of values; and even."""
+    for length, k_dim, v_dim, gated in ((70, 20, 80, True), (64, 16, 64, False)):
+        q, k, v = (draw(2, length, 3, n, **WITH_GRADIENT) for n in (k_dim, k_dim, v_dim))
+        beta, g = draw(2, length, 3).sigmoid(), -draw(2, length, 3).abs() if gated else None
+        state = draw(2, 3, k_dim, v_dim) if gated else None
+        unit = torch.nn.functional.normalize(k, dim=-1)
+        o, last = delta_rule(q, unit, v, beta, g, initial_state=state, output_final_state=gated, backend="triton")
+        yield from differentiate(o, *([last] if gated else []), inputs=[q, k, v])
+
+
 OPS: dict[str, Callable[[Draw], Iterator[Tensor]]] = {
     "taylor_linear_attention": taylor,
     "prefix_linear_attention": prefix,
@@ -137,6 +171,9 @@ OPS: dict[str, Callable[[Draw], Iterator[Tensor]]] = {
     "cache_update": joining_a_cache,
     "cached_attention": attention,
     "linear_cross_entropy": cross_entropy,
+    "selective_scan": scan,
+    "linear_recurrence": recurrence,
+    "delta_rule": delta,
 }
 
 
