@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.prefix_linear_attention.reference import prefix_linear_attention_reference
+from kernels.prefix_linear_attention.reference import (
+    prefix_linear_attention_quadratic,
+    prefix_linear_attention_reference,
+)
 from kernels.taylor_linear_attention import (
+    LONGEST_QUADRATIC,
     TaylorState,
     autocast_inputs,
     check_qkv,
@@ -60,7 +64,11 @@ def prefix_linear_attention(
         from kernels.prefix_linear_attention.triton import prefix_linear_attention_triton as run
     else:
         run = prefix_linear_attention_reference
+    short = q.device.type == "cuda" and max(q.shape[1], prefix_k.shape[1]) <= LONGEST_QUADRATIC
     with torch.autocast(q.device.type, enabled=False):
+        if run is prefix_linear_attention_reference and short and initial_state is None and not output_final_state:
+            o = prefix_linear_attention_quadratic(q, k, v, prefix_k, prefix_v, prefix_mask=prefix_mask, scale=scale)
+            return o, None
         return run(
             q,
             k,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels import prefix_linear_attention, taylor_linear_attention, taylor_linear_attention_step, triton_support
+from kernels.prefix_linear_attention.reference import prefix_linear_attention_quadratic
 from kernels.taylor_linear_attention import TaylorState, num_taylor_features
 from kernels.taylor_linear_attention.reference import (
     naive_taylor_linear_attention,
@@ -234,17 +235,34 @@ def dense_prefix(q, k, v, prefix_k, prefix_v, mask):
     return torch.einsum("bhts,bshv->bthv", weights / weights.sum(-1, keepdim=True), torch.cat([prefix_v, v], 1))
 
 
-def test_prefix_against_the_formula_with_gradients():
+@pytest.mark.parametrize("form", ["features", "quadratic"])
+def test_prefix_against_the_formula_with_gradients(form):
     q, k, pk = (torch.randn(2, n, 3, 4, dtype=torch.float64, requires_grad=True) for n in (20, 20, 6))
     v, pv = (torch.randn(2, n, 3, 5, dtype=torch.float64, requires_grad=True) for n in (20, 6))
     mask = torch.tensor([[True] * 6, [True, True, False, True, False, False]])
-    actual, _ = prefix_linear_attention(q, k, v, pk, pv, prefix_mask=mask)
+    if form == "features":
+        actual, _ = prefix_linear_attention(q, k, v, pk, pv, prefix_mask=mask)
+    else:
+        actual = prefix_linear_attention_quadratic(q, k, v, pk, pv, prefix_mask=mask, scale=0.5)
     expected = dense_prefix(q, k, v, pk, pv, mask)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     weight = torch.randn_like(actual)
     one = torch.autograd.grad((actual * weight).sum(), (q, k, v, pk, pv))
     other = torch.autograd.grad((expected * weight).sum(), (q, k, v, pk, pv))
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_masked_prefix_tokens_leave_no_trace_in_explicit_weights():
+    q, k, v = torch.randn(3, 2, 10, 2, 4)
+    pk, pv = torch.randn(2, 2, 6, 2, 4)
+    mask = torch.tensor([[True] * 4 + [False] * 2, [False] * 6])
+    holes = ~mask[..., None, None].expand_as(pk)
+    torn = prefix_linear_attention_quadratic(
+        q, k, v, pk.masked_fill(holes, torch.nan), pv.masked_fill(holes, torch.nan), prefix_mask=mask, scale=0.5
+    )
+    short, _ = prefix_linear_attention(q[:1], k[:1], v[:1], pk[:1, :4], pv[:1, :4], scale=0.5)
+    torch.testing.assert_close(torn[:1], short)
+    torch.testing.assert_close(torn[1:], taylor_linear_attention(q[1:], k[1:], v[1:], scale=0.5)[0])
 
 
 def test_masked_prefix_tokens_leave_no_trace():
