@@ -23,7 +23,7 @@ from kernels.linear_recurrence.triton import decays, dot, put_rows, rows
 from kernels.triton_support import INTERPRETED
 
 MAX_VALUES = 64  # value columns of a program
-CHUNK = 32
+CHUNK = {True: 32, False: 16}  # by whether operands are of 16 bits: longer ones take more registers than there are
 
 
 @triton.jit
@@ -200,13 +200,13 @@ def launch(q: Tensor, v: Tensor, *, backward: bool) -> tuple[tuple[int, int, int
     (b, t, heads, width), values = q.shape, v.shape[-1]
     block_v = min(MAX_VALUES, max(16, triton.next_power_of_2(values)))
     block_k = max(16, triton.next_power_of_2(width))
-    chunk = min(CHUNK, max(16, triton.next_power_of_2(t)))
     # As in `kernels.linear_recurrence.triton`.
     exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     narrow = q.dtype == torch.bfloat16 and not INTERPRETED
     op, prec = (tl.bfloat16, "tf32") if narrow else (tl.float32, "tf32x3" if exact else "tf32")
+    chunk = min(CHUNK[narrow], max(16, triton.next_power_of_2(t)))
     constants = {"H": heads, "K": width, "V": values, "C": chunk, "BK": block_k, "BV": block_v, "OP": op, "PREC": prec}
-    warps = 8 if block_k > 64 and backward else 4
+    warps = 8 if block_k > 32 or backward else 4
     return (triton.cdiv(values, block_v), heads, b), constants | {"num_warps": warps, "num_stages": 1}
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from kernels.triton_support import INTERPRETED
 
 MAX_VALUES = 64  # value columns of a program
+CHUNK = {True: 32, False: 16}  # by whether operands are of 16 bits: longer ones take more registers than there are
 
 
 @triton.jit
@@ -182,13 +183,13 @@ def launch(q: Tensor, v: Tensor, *, backward: bool) -> tuple[tuple[int, int, int
     (b, t, heads, width), values = q.shape, v.shape[-1]
     block_v = min(MAX_VALUES, max(16, triton.next_power_of_2(values)))
     block_k = max(16, triton.next_power_of_2(width))
-    chunk = min(64, max(16, triton.next_power_of_2(t)))
     # float16 as tf32, which has the same mantissa and more room; float32 as torch is set to, or three tf32 products.
     exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     narrow = q.dtype == torch.bfloat16 and not INTERPRETED  # the interpreter has no bf16 products
     op, prec = (tl.bfloat16, "tf32") if narrow else (tl.float32, "tf32x3" if exact else "tf32")
+    chunk = min(CHUNK[narrow], max(16, triton.next_power_of_2(t)))
     constants = {"H": heads, "K": width, "V": values, "C": chunk, "BK": block_k, "BV": block_v, "OP": op, "PREC": prec}
-    warps = 8 if block_k > 64 or (backward and not narrow) else 4
+    warps = 8 if block_k > (32 if backward else 64) else 4
     return (triton.cdiv(values, block_v), heads, b), constants | {"num_warps": warps, "num_stages": 1}
 
 
