@@ -28,3 +28,8 @@ def gradient_refusal(tensors: list[Tensor]) -> str | None:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "it has no gradient; allowed: no_grad"
     return None
+
+
+def may_round(x: Tensor) -> bool:
+    """Whether products of x may be of 16 bits or TF32. The compiler cannot trace it: a mixer names its backend."""
+    return x.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"

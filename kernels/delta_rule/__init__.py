@@ -59,8 +59,7 @@ def delta_rule(
     refusal = triton_refusal(q, v, beta, g, initial_state)
     if backend == "triton" and refusal:
         raise ValueError(f"backend='triton' cannot run here: {refusal}")
-    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    if backend == "reference" or refusal or (backend == "auto" and exact):
+    if backend == "reference" or refusal or (backend == "auto" and not triton_support.may_round(q)):
         return _run(chunk_terms, delta_terms, (q, k, v, beta, g), scale, initial_state, output_final_state)
     if initial_state is not None:
         _check_like("state", initial_state, ((q.shape[0], q.shape[2], q.shape[3], v.shape[3]),), q.device)

@@ -63,9 +63,8 @@ def linear_recurrence(
     refusal = triton_refusal(q, v, g, bonus, initial_state, chunk_size)
     if backend == "triton" and refusal:
         raise ValueError(f"backend='triton' cannot run here: {refusal}")
-    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     with torch.autocast(q.device.type, enabled=False):
-        if backend == "triton" or (backend == "auto" and not refusal and not exact):
+        if backend == "triton" or (backend == "auto" and not refusal and triton_support.may_round(q)):
             if g.ndim == 4:
                 from kernels.linear_recurrence.triton_channels import channel_recurrence_triton as run
             else:
