@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from architectures import fla
-from architectures.layers import merge_heads, split_heads, token_shift
+from architectures.layers import merge_heads, split_heads, token_shift, whole_sequences_only
 from architectures.mixer import SequenceMixer, default_num_heads, depth_and_height, divide_heads, require_at_least
 from architectures.registry import register
-from kernels.delta_rule import dplr_delta_rule, dplr_delta_rule_step
+from kernels.delta_rule import MAX_TRITON_WIDTH, dplr_delta_rule, dplr_delta_rule_step
 
 
 class RWKV7State(NamedTuple):
@@ -63,7 +63,7 @@ class RWKV7(SequenceMixer):
     against the equations of the official code written out token by token.
     """
 
-    backends = ("fla", "reference")
+    backends = ("triton", "fla", "reference")
     keep_init = True  # decay and learning rate start as biases of linear layers
 
     def __init__(
@@ -129,12 +129,14 @@ class RWKV7(SequenceMixer):
         self.norm_bias = nn.Parameter(torch.zeros(d_model))
 
     def _mix(
-        self, r: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, state: Tensor
+        self, r: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor, state: Tensor, kernel: str
     ) -> tuple[Tensor, Tensor]:
         """The recurrence on [B, T, H, K], or on one token [B, H, K], from a state on."""
         if r.dim() == 3:
             return dplr_delta_rule_step(r, k, v, a, b, g, state, scale=1.0)
-        return dplr_delta_rule(r, k, v, a, b, g, scale=1.0, initial_state=state, output_final_state=True)
+        return dplr_delta_rule(
+            r, k, v, a, b, g, scale=1.0, initial_state=state, output_final_state=True, backend=kernel
+        )
 
     def _run(self, x: Tensor, state: RWKV7State) -> tuple[Tensor, RWKV7State]:
         """x [B, T, D] or [B, D]."""
@@ -147,14 +149,19 @@ class RWKV7(SequenceMixer):
         removal = F.normalize(split_heads(k * self.k_k, self.num_heads), dim=-1)
         k = k * (1 + (rate - 1) * self.k_a)
         r, k, v, rate, g = (split_heads(part, self.num_heads) for part in (r, k, v, rate, g))
-        mix = fla.dplr_delta_rule if self.backend_for(x) == "fla" else self._mix
-        o, kv = mix(r, k, v, -removal, removal * rate, g, state.kv)
+        backend, inputs = self.backend_for(x), (r, k, v, -removal, removal * rate, g, state.kv)
+        if backend == "fla":
+            o, kv = fla.dplr_delta_rule(*inputs)
+        else:
+            o, kv = self._mix(*inputs, "triton" if backend == "triton" else "reference")
         o = merge_heads(F.layer_norm(o, (self.head_dim,), eps=1e-5 * self.head_dim))
         o = o * self.norm_weight + self.norm_bias
         o = o + merge_heads((r * k * self.r_k).sum(-1, keepdim=True) * v)
         return self.out_proj(o * self.gate(mixed["g"])), RWKV7State(kv, last)
 
     def unsupported(self, backend, **case):
+        if backend == "triton":
+            return whole_sequences_only(self.head_dim, MAX_TRITON_WIDTH, named=self.backend == backend, **case)
         return fla.refusal(backend, "dplr_delta_rule", self.head_dim, self.head_dim, **case)
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> RWKV7State:

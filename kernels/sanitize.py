@@ -22,6 +22,7 @@ from kernels import (
     cached_attention,
     convolution_step,
     delta_rule,
+    dplr_delta_rule,
     linear_cross_entropy,
     linear_recurrence,
     prefix_linear_attention,
@@ -150,13 +151,18 @@ def recurrence(draw: Draw) -> Iterator[Tensor]:
 
 
 def delta(draw: Draw) -> Iterator[Tensor]:
-    """With and without a decay; ragged, from a state on, in several tiles of values; and even."""
+    """With a decay, without, and one per channel; ragged, from a state on, in several tiles of values; and even."""
     for length, k_dim, v_dim, gated in ((70, 20, 80, True), (64, 16, 64, False)):
         q, k, v = (draw(2, length, 3, n, **WITH_GRADIENT) for n in (k_dim, k_dim, v_dim))
         beta, g = draw(2, length, 3).sigmoid(), -draw(2, length, 3).abs() if gated else None
         state = draw(2, 3, k_dim, v_dim) if gated else None
         unit = torch.nn.functional.normalize(k, dim=-1)
         o, last = delta_rule(q, unit, v, beta, g, initial_state=state, output_final_state=gated, backend="triton")
+        yield from differentiate(o, *([last] if gated else []), inputs=[q, k, v])
+        decay = -draw(2, length, 3, k_dim).abs()
+        o, last = dplr_delta_rule(
+            q, k, v, -unit, unit, decay, initial_state=state, output_final_state=gated, backend="triton"
+        )
         yield from differentiate(o, *([last] if gated else []), inputs=[q, k, v])
 
 

@@ -54,31 +54,23 @@ def delta_rule(
     check_qkv(q, k, v, axes="BTH")
     _check_gates(q, beta, g)
     scale = check_scale(scale, q.shape[-1])
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     refusal = triton_refusal(q, v, beta, g, initial_state)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend='triton' cannot run here: {refusal}")
-    if backend == "reference" or refusal or (backend == "auto" and not triton_support.may_round(q)):
+    if refusal is None and g is not None and g.ndim == 4:
+        refusal = "there is a decay per key channel; allowed: one per head, g [B, T, H], or None"
+    if _choose_backend(backend, refusal, q) == "reference":
         return _run(chunk_terms, delta_terms, (q, k, v, beta, g), scale, initial_state, output_final_state)
-    if initial_state is not None:
-        _check_like("state", initial_state, ((q.shape[0], q.shape[2], q.shape[3], v.shape[3]),), q.device)
-    from kernels.delta_rule.triton import delta_rule_triton
+    from kernels.delta_rule.triton import delta_rule_triton as run
 
-    with torch.autocast(q.device.type, enabled=False):
-        o, state = delta_rule_triton(q, k, v, beta, g, initial_state, scale)
-    return o, state if output_final_state else None
+    return _run_triton(run, (q, k, v, beta, g), scale, initial_state, output_final_state)
 
 
 def triton_refusal(
-    q: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, initial_state: Tensor | None = None
+    q: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, initial_state: Tensor | None = None
 ) -> str | None:
-    """Why the Triton kernels do not take these arguments of `delta_rule`; None if they do."""
+    """Why no Triton kernel takes these arguments; None if one does, for `delta_rule` with a decay per head or none."""
     for name, part in (("q", q), ("v", v), ("beta", beta), ("g", g), ("initial_state", initial_state)):
         if part is not None and (found := triton_support.refusal(name, part)):
             return found
-    if g is not None and g.ndim != 3:
-        return "there is a decay per key channel; allowed: one per head, g [B, T, H], or None"
     if q.shape[-1] > MAX_TRITON_WIDTH:
         return f"keys have width {q.shape[-1]}; allowed: up to {MAX_TRITON_WIDTH}"
     return None
@@ -114,13 +106,14 @@ def dplr_delta_rule(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = (diag(exp(g_t)) + b_t a_t^T) S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t, per head.
 
     Args:
         q, k, a, b, g: [B, T, H, K], of one floating dtype (g may have another); g is the log decay, at most 0.
         v: [B, T, H, V] of the same dtype.
-        scale, initial_state, output_final_state: as in `delta_rule`.
+        scale, initial_state, output_final_state, backend: as in `delta_rule`.
 
     Returns, Raises: as in `delta_rule`.
 
@@ -130,7 +123,11 @@ def dplr_delta_rule(
     check_qkv(q, k, v, axes="BTH")
     _check_dplr(q, a, b, g)
     scale = check_scale(scale, q.shape[-1])
-    return _run(chunk_terms, dplr_terms, (q, k, v, a, b, g), scale, initial_state, output_final_state)
+    if _choose_backend(backend, triton_refusal(q, v, None, g, initial_state), q) == "reference":
+        return _run(chunk_terms, dplr_terms, (q, k, v, a, b, g), scale, initial_state, output_final_state)
+    from kernels.delta_rule.triton_channels import dplr_delta_rule_triton as run
+
+    return _run_triton(run, (q, k, v, a, b, g), scale, initial_state, output_final_state)
 
 
 def dplr_delta_rule_step(
@@ -151,6 +148,26 @@ def dplr_delta_rule_step(
     _check_dplr(q, a, b, g)
     scale = check_scale(scale, q.shape[-1])
     return _run(step_terms, dplr_terms, (q, k, v, a, b, g), scale, state, True)
+
+
+def _choose_backend(backend: str, refusal: str | None, q: Tensor) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    if backend == "triton" and refusal:
+        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    if backend == "auto":
+        return "triton" if refusal is None and triton_support.may_round(q) else "reference"
+    return backend
+
+
+def _run_triton(run, inputs, scale, initial_state, output_final_state):
+    """Check the state, run the kernels."""
+    q, v = inputs[0], inputs[2]
+    if initial_state is not None:
+        _check_like("state", initial_state, ((q.shape[0], q.shape[2], q.shape[3], v.shape[3]),), q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        o, state = run(*inputs, initial_state, scale)
+    return o, state if output_final_state else None
 
 
 def _run(form, to_terms, inputs, scale, initial_state, output_final_state):

@@ -27,7 +27,7 @@ CHUNK = {True: 32, False: 16}  # by whether operands are of 16 bits: longer ones
 
 
 @triton.jit
-def _inverse(n, C: tl.constexpr):
+def inverse(n, C: tl.constexpr):
     """(I + n)^-1 for a strictly lower triangular n [C, C]: row i is that of I less n_i times the rows before."""
     o_c = tl.arange(0, C)
     unit = tl.where(o_c[:, None] == o_c[None, :], 1.0, 0.0)
@@ -95,7 +95,7 @@ def _forward_kernel(
         b_beta = tl.load(beta_ptr + start + o_t * H, mask=o_t < T, other=0.0).to(tl.float32)
         b_pairs, b_until, b_after, b_total = _chunk_decays(g_ptr + start, o_t, T, HAS_G, H, C)
         b_n = tl.where(later, dot(b_k, tl.trans(b_k), OP, PREC) * b_pairs * b_beta[None, :], 0.0)
-        b_inverse = _inverse(b_n, C)
+        b_inverse = inverse(b_n, C)
         if i_v == 0:
             p_inverse = inverses_ptr + (row * num + i_c) * C * C + o_c[:, None] * C + o_c[None, :]
             tl.store(p_inverse, b_inverse)

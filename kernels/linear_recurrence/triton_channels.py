@@ -21,7 +21,7 @@ CHUNK = 16
 
 
 @triton.jit
-def _row(p, t, T, o_x, H: tl.constexpr, X: tl.constexpr):
+def row_at(p, t, T, o_x, H: tl.constexpr, X: tl.constexpr):
     """[BX] in float32, row t of one sequence and head of [T, H, X] at p, zero outside."""
     return tl.load(p + t * (H * X) + o_x, mask=(o_x < X) & (t < T), other=0.0).to(tl.float32)
 
@@ -77,10 +77,10 @@ def _forward_kernel(
         for i in range(0, C):
             j = C - 1 - i
             from_j = (o_c >= j)[:, None]
-            b_kj = _row(k_ptr + start * K, i_c * C + j, T, o_k, H, K)
+            b_kj = row_at(k_ptr + start * K, i_c * C + j, T, o_k, H, K)
             b_aj = tl.sum(b_q * tl.exp(b_sum) * b_kj[None, :], 1)
             b_a = tl.where(from_j & (o_c == j)[None, :], b_aj[:, None], b_a)
-            b_sum += tl.where(from_j, _row(g_ptr + start * K, i_c * C + j, T, o_k, H, K)[None, :], 0.0)
+            b_sum += tl.where(from_j, row_at(g_ptr + start * K, i_c * C + j, T, o_k, H, K)[None, :], 0.0)
         b_o = dot(b_a, b_v, OP, PREC) + dot(b_q * b_until, b_s, OP, PREC)
         put_rows(o_ptr + start * V, b_o, o_t, o_v, T, H, V)
         b_s = b_s * b_total[:, None] + dot(tl.trans(b_k * b_after), b_v, OP, PREC)
@@ -138,13 +138,13 @@ def _backward_kernel(
         for i in range(0, C):
             j = C - 1 - i
             from_j, at_j = (o_c >= j)[:, None], (o_c == j)[None, :]
-            b_kj = _row(k_ptr + start * K, i_c * C + j, T, o_k, H, K)
+            b_kj = row_at(k_ptr + start * K, i_c * C + j, T, o_k, H, K)
             b_read = tl.where(from_j, b_q * tl.exp(b_sum), 0.0)
             b_a = tl.where(at_j, tl.sum(b_read * b_kj[None, :], 1)[:, None], b_a)
             b_daj = tl.sum(tl.where(at_j, b_da, 0.0), 1)
             b_dq += tl.where(from_j, b_daj[:, None] * tl.exp(b_sum) * b_kj[None, :], 0.0)
             b_dk = tl.where((o_c == j)[:, None], tl.sum(b_daj[:, None] * b_read, 0)[None, :], b_dk)
-            b_sum += tl.where(from_j, _row(g_ptr + start * K, i_c * C + j, T, o_k, H, K)[None, :], 0.0)
+            b_sum += tl.where(from_j, row_at(g_ptr + start * K, i_c * C + j, T, o_k, H, K)[None, :], 0.0)
         b_from = dot(b_do, tl.trans(b_s), OP, PREC) * b_until
         b_into = dot(b_v, tl.trans(b_ds), OP, PREC) * b_after
         b_dv = dot(tl.trans(b_a), b_do, OP, PREC) + dot(b_k * b_after, b_ds, OP, PREC)

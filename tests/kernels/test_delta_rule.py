@@ -226,7 +226,7 @@ def test_wrong_arguments_are_refused():
 
 def close_to_float64(case, dtype, device):
     """Outputs, states and gradients of the kernels: off by at most twice plain PyTorch's error, or 4 roundings."""
-    (b, t, h, k, v), resumed, gated = case
+    (b, t, h, k, v), resumed, kind = case
     generator = torch.Generator().manual_seed(t)
 
     def normal(*shape):
@@ -234,26 +234,31 @@ def close_to_float64(case, dtype, device):
 
     # Keys have something in common, which makes the triangular system hard, and beta goes up to 2.
     keys, beta = F.normalize(normal(b, t, h, k) + 1, dim=-1), 2 * normal(b, t, h).sigmoid()
-    g = -torch.exp(2 * normal(b, t, h) - 2)
+    g = -torch.exp(2 * (normal(b, t, h, k) if kind == "rwkv7" else normal(b, t, h)) - 2)
     g[:, t // 2], g[:, t // 3] = -torch.inf, 0
-    inputs = [part.to(dtype) for part in (normal(b, t, h, k), keys, normal(b, t, h, v), beta)]
-    inputs += [g.float(), normal(b, h, k, v).float()]
+    inputs = {"q": normal(b, t, h, k), "k": keys, "v": normal(b, t, h, v)}
+    if kind == "rwkv7":
+        inputs |= {"k": normal(b, t, h, k), "a": -keys, "b": keys * normal(b, t, h, k).sigmoid()}
+    else:
+        inputs |= {"beta": beta}
+    inputs = {name: part.to(dtype) for name, part in inputs.items()}
+    if kind != "deltanet":
+        inputs |= {"g": g.float()}
+    if resumed:
+        inputs |= {"initial_state": normal(b, h, k, v).float()}
+    function = dplr_delta_rule if kind == "rwkv7" else delta_rule
     weights = [part.to(device) for part in (normal(b, t, h, v), normal(b, h, k, v))]
 
     def run(backend, wide):
-        leaves = [part.to(device, torch.float64 if wide else part.dtype).requires_grad_() for part in inputs]
-        given = [*leaves[:4], *([leaves[4]] if gated else []), *([leaves[5]] if resumed else [])]
-        o, last = delta_rule(
-            *leaves[:4],
-            leaves[4] if gated else None,
-            initial_state=leaves[5] if resumed else None,
-            output_final_state=True,
-            backend=backend,
-        )
+        leaves = {
+            name: part.to(device, torch.float64 if wide else part.dtype).requires_grad_()
+            for name, part in inputs.items()
+        }
+        o, last = function(**leaves, scale=SCALE, output_final_state=True, backend=backend)
         total = (o.double() * weights[0]).sum()
         if resumed:
             total = total + (last.double() * weights[1]).sum()
-        return [o, last, *torch.autograd.grad(total, given)]
+        return [o, last, *torch.autograd.grad(total, list(leaves.values()))]
 
     exact = run("reference", True)
     for actual, rough, wanted in zip(run("triton", False), run("reference", False), exact, strict=True):
@@ -263,11 +268,13 @@ def close_to_float64(case, dtype, device):
         assert error(actual, wanted) <= allowed, (case, dtype, error(actual, wanted), allowed)
 
 
-# B, T, H, K, V; from a state on and with a gradient through the last; with a decay
+# B, T, H, K, V; from a state on and with a gradient through the last
 SHAPES = [
-    ((2, 37, 2, 5, 3), True, True),
-    ((1, 70, 1, 16, 70), True, False),
-    ((1, 3, 2, 4, 6), False, True),
+    ((2, 37, 2, 5, 3), True, "gated_deltanet"),
+    ((1, 70, 1, 16, 70), True, "deltanet"),
+    ((1, 3, 2, 4, 6), False, "gated_deltanet"),
+    ((2, 37, 2, 5, 3), True, "rwkv7"),
+    ((1, 20, 1, 16, 70), False, "rwkv7"),
 ]
 
 INTERPRETED = """
@@ -280,6 +287,7 @@ torch.use_deterministic_algorithms(True)
 for case in t.SHAPES:
     t.close_to_float64(case, torch.float32, "cpu")
 t.close_to_float64(t.SHAPES[0], torch.float16, "cpu")
+t.close_to_float64(t.SHAPES[3], torch.float16, "cpu")
 print("same")
 """
 
@@ -290,7 +298,15 @@ def test_kernels_interpreted(run_interpreted):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", [*SHAPES, ((2, 256, 2, 64, 64), False, False), ((1, 200, 2, 128, 256), True, True)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *SHAPES,
+        ((2, 256, 2, 64, 64), False, "deltanet"),
+        ((1, 200, 2, 128, 256), True, "gated_deltanet"),
+        ((2, 200, 2, 64, 64), True, "rwkv7"),
+    ],
+)
 def test_kernels_against_float64(case, dtype, poisoned):
     close_to_float64(case, dtype, "cuda")
 
@@ -308,9 +324,20 @@ def test_registration_of_the_operator(gated):
     torch.library.opcheck(torch.ops.zoology.delta_rule.default, (*leaves, SCALE))
 
 
+@pytest.mark.gpu
+def test_registration_of_the_operator_by_channels():
+    import kernels.delta_rule.triton_channels  # noqa: F401
+
+    i = make(20, torch.float32)
+    leaves = [i[name].cuda().requires_grad_() for name in ("q", "k", "v", "a", "b", "g", "state")]
+    torch.library.opcheck(torch.ops.zoology.dplr_delta_rule.default, leaves)
+
+
 def test_what_triton_does_not_take():
     i = make(4)
     with pytest.raises(ValueError, match="backend='triton' cannot run here"):
         run_public("gated_deltanet", i, backend="triton")
     with pytest.raises(ValueError, match="backend is 'cuda'; allowed: auto, reference, triton"):
         run_public("deltanet", i, backend="cuda")
+    with pytest.raises(ValueError, match="backend='triton' cannot run here"):
+        run_public("rwkv7", i, backend="triton")
