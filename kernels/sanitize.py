@@ -159,7 +159,7 @@ def delta(draw: Draw) -> Iterator[Tensor]:
         unit = torch.nn.functional.normalize(k, dim=-1)
         o, last = delta_rule(q, unit, v, beta, g, initial_state=state, output_final_state=gated, backend="triton")
         yield from differentiate(o, *([last] if gated else []), inputs=[q, k, v])
-        decay = -draw(2, length, 3, k_dim).abs()
+        decay, unit = -draw(2, length, 3, k_dim).abs(), unit.detach()
         o, last = dplr_delta_rule(
             q, k, v, -unit, unit, decay, initial_state=state, output_final_state=gated, backend="triton"
         )
