@@ -181,9 +181,7 @@ class SelfAttention(SequenceMixer):
         turned = int(self.head_dim * self.rotary_fraction)
         q = kernels.cache_update(q, k, v, keys, values, position, turned=turned, backend="triton")
         scale = self.head_dim**-0.5
-        o = kernels.cached_attention(
-            q, keys, values, position, scale=scale, ahead=self.out_proj.weight, backend="triton"
-        )
+        o = kernels.cached_attention(q, keys, values, position, scale=scale, backend="triton")
         return o[..., : self.head_dim]
 
     def _read_cache(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor, backend: str) -> Tensor:

@@ -72,7 +72,6 @@ class BaseConv(SequenceMixer):
     def step(self, x: Tensor, state: BaseConvState) -> tuple[Tensor, BaseConvState]:
         self.check_state(x, state)
         convolved, gate = (x, self.projection(x)) if self.expand is None else self.in_proj(x).chunk(2, dim=-1)
-        ahead = None if self.expand is None else self.out_proj.weight
-        y, tail, ran = self.conv.gated_step(convolved, state.conv, gate, ahead=ahead, backend=self.backend)
+        y, tail, ran = self.conv.gated_step(convolved, state.conv, gate, backend=self.backend)
         self.ran_beside(ran)
         return (y + x if self.expand is None else self.out_proj(y)), BaseConvState(tail)

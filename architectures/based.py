@@ -82,7 +82,5 @@ class Based(SequenceMixer):
         backend = self.backend_for(x)
         if backend == "triton" and backends.wants_grad(q, k, v, *state):
             backend = self.ran_beside("reference")  # the Triton step has no gradient
-        o, state = kernels.taylor_linear_attention_step(
-            q, k, v, TaylorState(*state), backend=backend, inplace=True, ahead=self.out_proj.weight
-        )
+        o, state = kernels.taylor_linear_attention_step(q, k, v, TaylorState(*state), backend=backend, inplace=True)
         return self.out_proj(merge_heads(o)), self.State(*state)

@@ -97,19 +97,17 @@ class ShortConvolution(nn.Module):
         y, tail = self.prefill(x.unsqueeze(1), tail)
         return y.squeeze(1), tail
 
-    def gated_step(
-        self, x: Tensor, tail: Tensor, gate: Tensor, *, ahead: Tensor | None = None, backend: str = "auto"
-    ) -> tuple[Tensor, Tensor, str]:
+    def gated_step(self, x: Tensor, tail: Tensor, gate: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, str]:
         """`step` times gate [B, D], by `kernels.convolution_step` where it can -> [B, D], tail, the backend that ran.
 
-        The tail may be written to. `ahead` is what is read next.
+        The tail may be written to.
         """
         given = [part for part in (x, tail, self.weight, self.bias, gate) if part is not None]
         if backend == "reference" or triton_refusal(given) is not None:
             y, tail = self.step(x, tail)
             return y * gate, tail, "reference"
         y, tail = convolution_step(
-            x, tail, self.weight, self.bias, activation=self.activation, gate=gate, ahead=ahead, backend="triton"
+            x, tail, self.weight, self.bias, activation=self.activation, gate=gate, backend="triton"
         )
         return y, tail, "triton"
 

@@ -5,7 +5,6 @@ are imported at once and not on demand, because a folder and its function share 
 otherwise let whichever was imported last win.
 """
 
-from kernels.activation import activation
 from kernels.add_norm import add_norm
 from kernels.cache_update import cache_update
 from kernels.cached_attention import cached_attention
@@ -21,7 +20,6 @@ from kernels.taylor_linear_attention import taylor_linear_attention, taylor_line
 from kernels.wkv import wkv, wkv_step
 
 __all__ = [
-    "activation",
     "add_norm",
     "cache_update",
     "cached_attention",

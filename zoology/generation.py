@@ -180,7 +180,9 @@ class Fused:
         from zoology.graphs import compile_apart
 
         self.plain, self.what = function, what
-        self.compiled: Callable | None = compile_apart(function, dynamic=dynamic)
+        # The kernels of a step read rows without gaps: what the compiler fills up for its own would be copied for them.
+        options = None if dynamic else {"comprehensive_padding": False}
+        self.compiled: Callable | None = compile_apart(function, options, dynamic=dynamic)
 
     def __call__(self, *arguments):
         if self.compiled is not None:

@@ -1,9 +1,10 @@
-"""A block as decode steps run it: few products, long sums in parts, and weights asked for before they are read.
+"""A block as decode steps run it: few products, and long sums in parts.
 
 A step multiplies a few rows by every weight. How long that takes is decided by how many multiprocessors read weights
-at once, and from when on. Layers that read the mixer's input are joined; the long sum of the layer that a mixer, or a
-channel mixer, ends with is divided into parts, which the norm that follows adds up. Norms and activations ask for the
-weights of the product that comes next. All of this holds for any mixer whose projections are `torch.nn.Linear`.
+at once, and the libraries' products of few rows keep too few of them busy where a matrix is small, or has few columns
+and a long sum. Layers that read the mixer's input are joined. The sum of the layer that a mixer, or a channel mixer,
+ends with is divided into parts, which are added up by the norm that follows. Both hold for any mixer whose projections
+are `torch.nn.Linear`.
 
 Axes: B batch, D and N inputs and outputs of a layer, S parts.
 """
@@ -38,18 +39,18 @@ class Rest(NamedTuple):
     bias: Tensor | None = None
 
 
-def add_norm(norm: nn.Module, x: Tensor, rest: Rest, ahead: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x + rest [B, D], rounded once, and its norm; `ahead` is what is read next, see `kernels.add_norm`."""
+def add_norm(norm: nn.Module, x: Tensor, rest: Rest) -> tuple[Tensor, Tensor]:
+    """x + rest [B, D], rounded once, and its norm."""
     if type(norm) is nn.RMSNorm and norm.weight is not None:
-        return kernels.add_norm(x, rest.parts, norm.weight, bias=rest.bias, eps=norm.eps, ahead=ahead)
+        return kernels.add_norm(x, rest.parts, norm.weight, bias=rest.bias, eps=norm.eps)
     x = total(rest.parts, rest.bias, x).to(x.dtype)
     return x, norm(x)
 
 
 def total(parts: Tensor, bias: Tensor | None, start: Tensor | None = None) -> Tensor:
-    """start + sum of parts [S, ...] + bias, in the dtype of the parts."""
-    found, *others = parts.unbind(0)  # one by one: a compiler takes that for element-wise work, and fuses it
-    for one in (*others, start, bias):
+    """start + sum of parts [S, ...] + bias, in float32 at least."""
+    found = parts.sum(0, dtype=torch.promote_types(parts.dtype, torch.float32))
+    for one in (start, bias):
         found = found if one is None else found + one.to(found.dtype)
     return found
 
@@ -58,34 +59,27 @@ def total(parts: Tensor, bias: Tensor | None, start: Tensor | None = None) -> Te
     "zoology::product_in_parts", mutates_args=(), schema="(Tensor x, Tensor weight, int num_parts) -> Tensor"
 )
 def product_in_parts(x: Tensor, weight: Tensor, num_parts: int) -> Tensor:
-    """x [B, D], weight [N, D] -> [S, B, N] in float32 or more, which add up to x W^T."""
-    rows = x.unflatten(1, (num_parts, -1)).transpose(0, 1)
-    columns = weight.unflatten(1, (num_parts, -1)).permute(1, 2, 0)
-    if x.is_cuda and x.dtype.itemsize == 2:
-        return torch.bmm(rows, columns, out_dtype=torch.float32)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.bmm(rows.to(wide), columns.to(wide))
+    """x [B, D], weight [N, D] -> [S, B, N], which add up to x W^T."""
+    # An operator: a compiler that saw the products would make one of them again.
+    return torch.bmm(
+        x.unflatten(1, (num_parts, -1)).transpose(0, 1), weight.unflatten(1, (num_parts, -1)).permute(1, 2, 0)
+    )
 
 
 @product_in_parts.register_fake
 def _(x, weight, num_parts):
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(num_parts, x.shape[0], weight.shape[0], dtype=dtype)
+    return x.new_empty(num_parts, x.shape[0], weight.shape[0])
 
 
 @functools.lru_cache(maxsize=256)
 def choose_num_parts(rows: int, n: int, d: int, dtype: torch.dtype, device: torch.device) -> int:
     """In how many parts [rows, d] times [n, d] is fastest on this device, by trying: 1 where that is not worth it."""
     allowed = [1, *(parts for parts in NUM_PARTS if d % (8 * parts) == 0)]
-    if device.type != "cuda" or dtype.itemsize != 2 or rows > MOST_ROWS or not hasattr(torch.ops.aten.bmm, "dtype"):
+    if device.type != "cuda" or dtype.itemsize != 2 or rows > MOST_ROWS:
         return 1
     # More weights than the cache holds: a step finds none of its own there.
     copies = 2 + 2 * torch.cuda.get_device_properties(device).L2_cache_size // (n * d * dtype.itemsize)
     x, weights = torch.zeros(rows, d, device=device, dtype=dtype), torch.zeros(copies, n, d, device=device, dtype=dtype)
-    try:
-        product_in_parts(x, weights[0], allowed[-1])
-    except RuntimeError:
-        return 1  # the library has no such product for this device
     times = {parts: _time(functools.partial(_product, x, parts), weights.unbind()) for parts in allowed}
     best = min(times, key=times.get)
     return best if times[best] < WORTH * times[1] else 1
@@ -115,31 +109,31 @@ def _product(x: Tensor, num_parts: int, weight: Tensor) -> Tensor:
 
 
 class LastLinear(nn.Module):
-    """A linear layer [B, D] that a block, or its mixer, ends with: its output is left as a `Rest`, and what is
-    returned stands for it.
-    """
+    """A linear layer [B, D] that a mixer ends with: it leaves its output as `Rest`, and returns what stands for it."""
 
     def __init__(self, layer: nn.Linear, rows: int):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.num_parts = choose_num_parts(rows, *layer.weight.shape, layer.weight.dtype, layer.weight.device)
+        self.left: tuple[Rest, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.rest = self.of(x)
-        self.stands_for_it = x.new_empty(x.shape[0], self.out_features)
-        return self.stands_for_it
-
-    def of(self, x: Tensor) -> Rest:
         if self.num_parts == 1:
-            return Rest(F.linear(x, self.weight, self.bias)[None])
-        return Rest(product_in_parts(x, self.weight, self.num_parts), self.bias)
+            rest = Rest(F.linear(x, self.weight, self.bias)[None])
+        else:
+            rest = Rest(product_in_parts(x, self.weight, self.num_parts), self.bias)
+        self.left = rest, rest.parts[0]
+        return self.left[1]
 
-    def taken(self, y: Tensor) -> Rest:
-        """The output, after a step returned `y`."""
-        assert y is self.stands_for_it, "a mixer's step ends otherwise than it did when it was looked at"
-        rest, self.rest, self.stands_for_it = self.rest, None, None
-        return rest
+
+def rest_of(y: Tensor, last: LastLinear | None) -> Rest:
+    """What is left to add after a mixer returned y [B, D], which stands for more if the mixer has a `LastLinear`."""
+    if last is None:
+        return Rest(y[None])
+    (rest, stands_for_it), last.left = last.left, None
+    assert y is stands_for_it, "a mixer's step ends otherwise than it did when it was looked at"
+    return rest
 
 
 class Joined(nn.Module):
@@ -194,44 +188,37 @@ class StepBlock(nn.Module):
         replaced: dict[nn.Linear, nn.Module] = {} if last is None else {last: self.last}
         if self.joined is not None:
             replaced |= {layer: Columns(layer, self.joined, index) for index, layer in enumerate(first)}
-        self.first = [self.joined or layer for layer in first[:1]]  # a list: no submodule a second time
         self.norm, self.channel_norm = block.norm, block.channel_norm
         self.mixer = with_layers(block.mixer, replaced)
-        self.kind, self.fc1, self.fc2 = None, None, None
-        self.channel_mixer = block.channel_mixer
+        self.channel_mixer, self.channel_last = block.channel_mixer, None
         if type(block.channel_mixer) is ChannelMixer:
-            self.kind = "swiglu" if block.channel_mixer.gated else "gelu"
-            self.fc1, self.fc2 = block.channel_mixer.fc1, LastLinear(block.channel_mixer.fc2, rows)
-            self.channel_mixer = None
+            self.channel_last = LastLinear(block.channel_mixer.fc2, rows)
+            self.channel_mixer = with_layers(block.channel_mixer, {block.channel_mixer.fc2: self.channel_last})
 
     def mix(self, x: Tensor, rest: Rest, state: State) -> tuple[Tensor, Rest, State]:
         """The input x + rest -> itself, the mixer's output, and its new state."""
-        ahead = self.first[0].weight if self.first else None
-        x, normed = add_norm(self.norm, x, rest, ahead)
+        x, normed = add_norm(self.norm, x, rest)
         if self.joined is not None:
             self.joined.read(normed)
         y, state = self.mixer.step(normed, state)
         if self.joined is not None:
             self.joined.outputs = None
-        return x, Rest(y[None]) if self.last is None else self.last.taken(y), state
+        return x, rest_of(y, self.last), state
 
     def mix_channels(self, x: Tensor, rest: Rest) -> tuple[Tensor, Rest]:
         """The channel half of the block after x + rest, its own addition left out."""
         if self.channel_norm is None:
             return x, rest
-        x, normed = add_norm(self.channel_norm, x, rest, None if self.fc1 is None else self.fc1.weight)
-        if self.kind is None:
-            return x, Rest(self.channel_mixer(normed)[None])
-        return x, self.fc2.of(kernels.activation(self.fc1(normed), self.kind, ahead=self.fc2.weight))
+        x, normed = add_norm(self.channel_norm, x, rest)
+        return x, rest_of(self.channel_mixer(normed), self.channel_last)
 
     def no_rest(self, x: Tensor) -> Rest:
         """Nothing to add to x [B, D], in the shapes that this block leaves."""
-        last = self.last if self.channel_norm is None else self.fc2
+        last = self.last if self.channel_norm is None else self.channel_last
         if last is None or last.num_parts == 1:
             return Rest(torch.zeros_like(x)[None])
-        dtype = torch.promote_types(x.dtype, torch.float32)
         bias = None if last.bias is None else torch.zeros_like(last.bias)
-        return Rest(torch.zeros(last.num_parts, *x.shape, dtype=dtype, device=x.device), bias)
+        return Rest(x.new_zeros(last.num_parts, *x.shape), bias)
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ def add_norm(
     *,
     bias: Tensor | None = None,
     eps: float | None = None,
-    ahead: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """s = x + sum of parts + bias, and s / sqrt(mean(s^2) + eps) * weight, for the few rows of a decode step.
@@ -30,7 +29,6 @@ def add_norm(
         x: [B, D]; parts: [S, B, D], S >= 1, of the dtype of x or float32.
         weight: [D] of the norm; bias: [D] or None.
         eps: as for `torch.nn.RMSNorm`: the precision of the dtype that sums are made in when None.
-        ahead: a tensor that is read next; triton asks for it to come into the L2 cache, nothing else is done with it.
         backend: "reference" (plain PyTorch), "triton" (no gradient), or "auto": triton where it supports the input.
 
     Returns:
@@ -57,7 +55,7 @@ def add_norm(
         return add_norm_reference(x, parts, weight, bias, eps)
     from kernels.add_norm import triton as impl
 
-    return impl.add_norm_triton(x, parts, weight, bias, eps, ahead)
+    return impl.add_norm_triton(x, parts, weight, bias, eps)
 
 
 def _refusal(tensors: list[Tensor]) -> str | None:

@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fetch_ahead import PROGRAMS, divided, fetch_ahead, fetched
-
 
 @triton.jit
 def _add_norm_kernel(
@@ -16,26 +14,19 @@ def _add_norm_kernel(
     parts_ptr,
     weight_ptr,
     bias_ptr,
-    ahead_ptr,
     sum_ptr,
     y_ptr,
     eps,
     B,
     D,
-    ahead_size,
-    ahead_bytes,
     S: tl.constexpr,
     DP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
-    """s = x + sum of parts + b, y = s / sqrt(mean(s^2) + eps) * w for one row; programs beyond the rows only ask."""
+    """s = x + sum of parts + b, y = s / sqrt(mean(s^2) + eps) * w for one row."""
     i_b = tl.program_id(0).to(tl.int64)
-    if AHEAD:
-        fetch_ahead(ahead_ptr, ahead_size, ahead_bytes, i_b, THREADS)
     o_d = tl.arange(0, DP)
-    m_d = (o_d < D) & (i_b < B)
+    m_d = o_d < D
     b_s = tl.load(x_ptr + i_b * D + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_w = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
     for i in tl.static_range(0, S):
@@ -52,44 +43,35 @@ def _add_norm_kernel(
 @torch.library.custom_op(
     "zoology::add_norm",
     mutates_args=(),
-    schema=("(Tensor x, Tensor parts, Tensor weight, Tensor? bias, float eps, Tensor? ahead) -> (Tensor, Tensor)"),
+    schema=("(Tensor x, Tensor parts, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)"),
 )
-def add_norm_op(x, parts, weight, bias, eps, ahead):
+def add_norm_op(x, parts, weight, bias, eps):
     x, parts = x.contiguous(), parts.contiguous()
-    (b, d), size = x.shape, fetched(ahead)
-    padded = triton.next_power_of_2(d)
+    (b, d), padded = x.shape, triton.next_power_of_2(x.shape[1])
     warps = min(8, max(1, padded // 256))
-    programs = max(b, PROGRAMS) if size else b
     total, y = torch.empty_like(x), torch.empty_like(x)
-    _add_norm_kernel[(programs,)](
+    _add_norm_kernel[(b,)](
         x,
         parts,
         weight,
         x if bias is None else bias,
-        ahead if size else x,
         total,
         y,
         eps,
         b,
         d,
-        size,
-        divided(size, programs, 32 * warps),
         S=parts.shape[0],
         DP=padded,
         HAS_BIAS=bias is not None,
-        AHEAD=size > 0,
-        THREADS=32 * warps,
         num_warps=warps,
     )
     return total, y
 
 
 @add_norm_op.register_fake
-def _(x, parts, weight, bias, eps, ahead):
+def _(x, parts, weight, bias, eps):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in "sy")
 
 
-def add_norm_triton(
-    x: Tensor, parts: Tensor, weight: Tensor, bias: Tensor | None, eps: float, ahead: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.zoology.add_norm(x, parts, weight, bias, eps, ahead)
+def add_norm_triton(x: Tensor, parts: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.zoology.add_norm(x, parts, weight, bias, eps)

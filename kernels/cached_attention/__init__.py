@@ -15,14 +15,7 @@ MAX_HEAD_DIM = 256
 
 
 def cached_attention(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    *,
-    scale: float | None = None,
-    ahead: Tensor | None = None,
-    backend: str = "auto",
+    q: Tensor, keys: Tensor, values: Tensor, position: Tensor, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
     """softmax(scale * q.k) v over the slots of a cache that are in use; each slot is read once.
 
@@ -32,7 +25,6 @@ def cached_attention(
         position: [] integer on the device of q, where the newest token stands in its sequence, counted from 0: the
             first min(position + 1, S) slots are read. It is read on the device: nothing waits for it.
         scale: K^(-1/2) when None.
-        ahead: a tensor that is read next; triton asks for it to come into the L2 cache, nothing else is done with it.
         backend: "reference" (plain PyTorch), "triton" (no gradient), or "auto": triton where it supports the input.
 
     Returns:
@@ -56,7 +48,7 @@ def cached_attention(
         return cached_attention_reference(q, keys, values, position, scale=scale)
     from kernels.cached_attention import triton as impl
 
-    return impl.cached_attention_triton(q, keys, values, position, scale=scale, ahead=ahead)
+    return impl.cached_attention_triton(q, keys, values, position, scale=scale)
 
 
 def triton_refusal(q: Tensor, keys: Tensor) -> str | None:

@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fetch_ahead import PROGRAMS, divided, fetch_ahead, fetched
-
 MIN_SLOTS_PER_SPLIT = 256
 MAX_SPLITS = 64
 TUNED = {64: (64, 32, 2), 72: (64, 32, 4), 112: (128, 16, 1)}
@@ -35,17 +33,12 @@ def _cached_attention_kernel(
     part_ptr,
     slots,
     scale,
-    ahead_ptr,
-    ahead_size,
-    ahead_bytes,
     H: tl.constexpr,
     K: tl.constexpr,
     KA: tl.constexpr,
     KB: tl.constexpr,
     BN: tl.constexpr,
     SPLITS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
     """One part of one head's cache: o = sum_n exp(s_n) v_n / sum_n exp(s_n), s_n = scale q.k_n.
 
@@ -111,9 +104,6 @@ def _cached_attention_kernel(
         tl.store(p_part + o_b, b_ob, mask=o_b < K)
         tl.store(p_part + K, total)
         tl.store(p_part + K + 1, m)
-    if AHEAD:
-        # Last: what came earlier would be driven out of the cache of the device by that of the sequences.
-        fetch_ahead(ahead_ptr, ahead_size, ahead_bytes, i_bh * SPLITS + i_s, THREADS)
 
 
 @triton.jit
@@ -156,33 +146,16 @@ def choose_tile(k: int, dtype: torch.dtype) -> dict[str, int]:
 @torch.library.custom_op(
     "zoology::cached_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor keys, Tensor values, Tensor position, float scale, Tensor? ahead) -> Tensor",
+    schema="(Tensor q, Tensor keys, Tensor values, Tensor position, float scale) -> Tensor",
 )
-def cached_attention_op(q, keys, values, position, scale, ahead):
+def cached_attention_op(q, keys, values, position, scale):
     q = q.contiguous()
     (b, h, k), slots = q.shape, keys.shape[1]
     splits = choose_splits(b * h, slots, q.device)
     o = torch.empty_like(q)
     part = torch.empty(b * h, splits, k + 2, device=q.device, dtype=torch.float32) if splits > 1 else o
-    tile = choose_tile(k, q.dtype)
-    threads, size = 32 * tile["num_warps"], fetched(ahead) if b * h * splits >= PROGRAMS else 0
     _cached_attention_kernel[(b * h, splits)](
-        q,
-        keys,
-        values,
-        position,
-        o,
-        part,
-        slots,
-        scale,
-        ahead if size else q,
-        size,
-        divided(size, b * h * splits, threads),
-        H=h,
-        SPLITS=splits,
-        AHEAD=size > 0,
-        THREADS=threads,
-        **tile,
+        q, keys, values, position, o, part, slots, scale, H=h, SPLITS=splits, **choose_tile(k, q.dtype)
     )
     if splits > 1:
         padded = {"KP": triton.next_power_of_2(k), "SP": triton.next_power_of_2(splits)}
@@ -191,11 +164,9 @@ def cached_attention_op(q, keys, values, position, scale, ahead):
 
 
 @cached_attention_op.register_fake
-def _(q, keys, values, position, scale, ahead):
+def _(q, keys, values, position, scale):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def cached_attention_triton(
-    q: Tensor, keys: Tensor, values: Tensor, position: Tensor, *, scale: float, ahead: Tensor | None
-) -> Tensor:
-    return torch.ops.zoology.cached_attention(q, keys, values, position, scale, ahead)
+def cached_attention_triton(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, *, scale: float) -> Tensor:
+    return torch.ops.zoology.cached_attention(q, keys, values, position, scale)

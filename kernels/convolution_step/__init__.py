@@ -21,7 +21,6 @@ def convolution_step(
     *,
     activation: str | None = None,
     gate: Tensor | None = None,
-    ahead: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """y = act(sum_j w_j x_{t-j} + b) * gate for the newest token, j < W, and the memory one token later.
@@ -31,7 +30,6 @@ def convolution_step(
         tail: [B, W - 1, D], the inputs before, oldest first.
         weight: [D, W], the current token's entry first; bias: [D] or None.
         activation: None or "silu".
-        ahead: a tensor that is read next; triton asks for it to come into the L2 cache, nothing else is done with it.
         backend: "reference" (plain PyTorch), "triton" (no gradient, writes the new memory over the old one), or "auto".
 
     Returns:
@@ -60,7 +58,7 @@ def convolution_step(
         return convolution_step_reference(x, tail, weight, bias, activation, gate)
     from kernels.convolution_step import triton as impl
 
-    return impl.convolution_step_triton(x, tail, weight, bias, activation, gate, ahead), tail
+    return impl.convolution_step_triton(x, tail, weight, bias, activation, gate), tail
 
 
 def triton_refusal(tensors: list[Tensor]) -> str | None:

@@ -7,10 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fetch_ahead import PROGRAMS, divided, fetch_ahead, fetched
-
 BLOCK = 512
-WARPS = 4
 
 
 @triton.jit
@@ -20,33 +17,20 @@ def _step_kernel(
     weight_ptr,
     bias_ptr,
     gate_ptr,
-    ahead_ptr,
     y_ptr,
     x_stride,
     gate_stride,
-    B,
     D,
-    ahead_size,
-    ahead_bytes,
-    BLOCKS,
     W: tl.constexpr,
     BD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     SILU: tl.constexpr,
-    AHEAD: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
-    """y = act(sum_j w_j x_{t-j} + b) * gate for BD channels of one sequence; what is written was read before.
-
-    Programs beyond the sequences only ask for what is read next.
-    """
-    i = tl.program_id(0)
-    if AHEAD:
-        fetch_ahead(ahead_ptr, ahead_size, ahead_bytes, i, THREADS)
-    i_b = (i // BLOCKS).to(tl.int64)
-    o_d = (i % BLOCKS) * BD + tl.arange(0, BD)
-    m_d = (o_d < D) & (i_b < B)
+    """y = act(sum_j w_j x_{t-j} + b) * gate for BD channels of one sequence; what is written was read before."""
+    i_b = tl.program_id(1).to(tl.int64)
+    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    m_d = o_d < D
     p_tail = tail_ptr + i_b * (W - 1) * D + o_d
     b_x = tl.load(x_ptr + i_b * x_stride + o_d, mask=m_d, other=0.0)
     b_y = b_x.to(tl.float32) * tl.load(weight_ptr + o_d * W, mask=m_d, other=0.0).to(tl.float32)
@@ -69,58 +53,40 @@ def _step_kernel(
 @torch.library.custom_op(
     "zoology::convolution_step_",
     mutates_args=("tail",),
-    schema=(
-        "(Tensor x, Tensor(a!) tail, Tensor weight, Tensor? bias, str? activation, Tensor? gate, "
-        "Tensor? ahead) -> Tensor"
-    ),
+    schema="(Tensor x, Tensor(a!) tail, Tensor weight, Tensor? bias, str? activation, Tensor? gate) -> Tensor",
 )
-def step_op(x, tail, weight, bias, activation, gate, ahead):
+def step_op(x, tail, weight, bias, activation, gate):
     # Halves of one projection come as they are: rows may lie apart, entries of a row may not.
     x = x if x.stride(1) == 1 else x.contiguous()
     gate = gate if gate is None or gate.stride(1) == 1 else gate.contiguous()
     (b, d), weight = x.shape, weight.contiguous()
     y = torch.empty(b, d, device=x.device, dtype=x.dtype)
-    blocks, size = triton.cdiv(d, BLOCK), fetched(ahead)
-    programs = max(b * blocks, PROGRAMS) if size else b * blocks
-    _step_kernel[(programs,)](
+    _step_kernel[(triton.cdiv(d, BLOCK), b)](
         x,
         tail,
         weight,
         x if bias is None else bias,
         x if gate is None else gate,
-        ahead if size else x,
         y,
         x.stride(0),
         0 if gate is None else gate.stride(0),
-        b,
         d,
-        size,
-        divided(size, programs, 32 * WARPS),
-        blocks,
         W=weight.shape[1],
         BD=BLOCK,
         HAS_BIAS=bias is not None,
         HAS_GATE=gate is not None,
         SILU=activation == "silu",
-        AHEAD=size > 0,
-        THREADS=32 * WARPS,
-        num_warps=WARPS,
+        num_warps=2,
     )
     return y
 
 
 @step_op.register_fake
-def _(x, tail, weight, bias, activation, gate, ahead):
+def _(x, tail, weight, bias, activation, gate):
     return x.new_empty(x.shape)
 
 
 def convolution_step_triton(
-    x: Tensor,
-    tail: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    gate: Tensor | None,
-    ahead: Tensor | None,
+    x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, gate: Tensor | None
 ) -> Tensor:
-    return torch.ops.zoology.convolution_step_(x, tail, weight, bias, activation, gate, ahead)
+    return torch.ops.zoology.convolution_step_(x, tail, weight, bias, activation, gate)

@@ -80,7 +80,6 @@ def taylor_linear_attention_step(
     scale: float | None = None,
     backend: str = "auto",
     inplace: bool = False,
-    ahead: Tensor | None = None,
 ) -> tuple[Tensor, TaylorState]:
     """One decode step of `taylor_linear_attention`: the token joins the memory, then reads it.
 
@@ -88,7 +87,6 @@ def taylor_linear_attention_step(
         q, k: [B, H, f]; v: [B, H, V] of the same dtype; state: kv [B, H, F, V] and key_sum [B, H, F].
         scale, backend: as in `taylor_linear_attention`. The triton step has no gradient.
         inplace: the triton step may write the new state over the old one, and then returns that one.
-        ahead: a tensor that is read next: the step in place asks for it to come into the L2 cache, and does no more.
 
     Returns:
         o [B, H, V] in the dtype of v, computed before the state is rounded, and the new state in its own dtype.
@@ -109,7 +107,7 @@ def taylor_linear_attention_step(
         from kernels.taylor_linear_attention import triton as impl
 
         if inplace and state.kv.is_contiguous() and state.key_sum.is_contiguous():
-            return impl.taylor_linear_attention_step_inplace(q, k, v, state, scale=scale, ahead=ahead)
+            return impl.taylor_linear_attention_step_inplace(q, k, v, state, scale=scale)
         return impl.taylor_linear_attention_step_triton(q, k, v, state, scale=scale)
     with torch.autocast(q.device.type, enabled=False):
         return taylor_linear_attention_step_reference(q, k, v, state, scale=scale)

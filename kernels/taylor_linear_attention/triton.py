@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fetch_ahead import PROGRAMS, divided, fetched
 from kernels.taylor_linear_attention import triton_kernels as tk
 from kernels.taylor_linear_attention.reference import TaylorState, num_taylor_features
 from kernels.triton_support import INTERPRETED
@@ -413,7 +412,7 @@ def _backward(ctx, do, _, dfinal_kv, dfinal_key_sum):
 forward_op.register_autograd(_backward, setup_context=_setup_forward)
 
 
-def launch_step(q, k, v, state, new, scale, ahead=None):
+def launch_step(q, k, v, state, new, scale):
     """Outputs of one token, and the state after it in `new`, which may be `state` itself.
 
     A program owns one head's state, and each element is read before the thread that read it writes it.
@@ -423,8 +422,6 @@ def launch_step(q, k, v, state, new, scale, ahead=None):
     (b, h, f), v_dim = q.shape, v.shape[-1]
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     v_padded = triton.next_power_of_2(v_dim)
-    warps = 1 if state.kv.dtype.itemsize == 2 else 2
-    size = fetched(ahead) if b * h >= PROGRAMS else 0
     tk._step_kernel[(b * h,)](
         q,
         k,
@@ -436,18 +433,13 @@ def launch_step(q, k, v, state, new, scale, ahead=None):
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
-        h,
-        ahead if size else q,
-        size,
-        divided(size, b * h, 32 * warps),
+        H=h,
         F=f,
         NF=num_taylor_features(f),
         V=v_dim,
         VP=v_padded,
         BR=max(1, 4096 // v_padded),
-        AHEAD=size > 0,
-        THREADS=32 * warps,
-        num_warps=warps,
+        num_warps=1 if state.kv.dtype.itemsize == 2 else 2,
     )
     return o
 
@@ -471,15 +463,15 @@ def _(q, k, v, kv, key_sum, scale):
 @torch.library.custom_op(
     "zoology::taylor_linear_attention_step_",
     mutates_args=("kv", "key_sum"),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!) key_sum, float scale, Tensor? ahead) -> Tensor",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!) key_sum, float scale) -> Tensor",
 )
-def step_inplace_op(q, k, v, kv, key_sum, scale, ahead):
+def step_inplace_op(q, k, v, kv, key_sum, scale):
     state = TaylorState(kv, key_sum)
-    return launch_step(q, k, v, state, state, scale, ahead)
+    return launch_step(q, k, v, state, state, scale)
 
 
 @step_inplace_op.register_fake
-def _(q, k, v, kv, key_sum, scale, ahead):
+def _(q, k, v, kv, key_sum, scale):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
@@ -511,7 +503,7 @@ def taylor_linear_attention_step_triton(
 
 
 def taylor_linear_attention_step_inplace(
-    q: Tensor, k: Tensor, v: Tensor, state: TaylorState, *, scale: float, ahead: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, state: TaylorState, *, scale: float
 ) -> tuple[Tensor, TaylorState]:
     """The same, written into the tensors of `state`, which must be contiguous: for states at fixed addresses."""
-    return torch.ops.zoology.taylor_linear_attention_step_(q, k, v, *state, scale, ahead), state
+    return torch.ops.zoology.taylor_linear_attention_step_(q, k, v, *state, scale), state

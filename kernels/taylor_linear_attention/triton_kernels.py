@@ -26,8 +26,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.fetch_ahead import fetch_ahead
-
 
 # ---------------------------------------------------------------- pieces
 @triton.jit
@@ -961,17 +959,12 @@ def _step_kernel(
     k_head,
     v_row,
     v_head,
-    H,
-    ahead_ptr,
-    ahead_size,
-    ahead_bytes,
+    H: tl.constexpr,
     F: tl.constexpr,
     NF: tl.constexpr,
     V: tl.constexpr,
     VP: tl.constexpr,
     BR: tl.constexpr,
-    AHEAD: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
     """One token of one head: S += phi(k) v^T, z += phi(k), o = phi(q).S / phi(q).z; the state moves once each way."""
     i_bh = tl.program_id(0).to(tl.int64)
@@ -1010,6 +1003,3 @@ def _step_kernel(
         tl.store(new_z_ptr + i_bh * NF + r, b_z.to(new_z_ptr.dtype.element_ty), mask=r < NF)
     b_o = b_o / tl.sum(b_n, 0)
     tl.store(o_ptr + i_bh * V + o_v, b_o.to(o_ptr.dtype.element_ty), mask=m_v)
-    if AHEAD:
-        # Last: what came earlier would be driven out of the cache by the states.
-        fetch_ahead(ahead_ptr, ahead_size, ahead_bytes, i_bh, THREADS)

@@ -86,20 +86,6 @@ def test_on_the_device(case, dtype):
     check(case, dtype, "cuda")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 128, 300])
-@pytest.mark.parametrize("size", [8, 24, 3_000_000, 40_000_000])
-def test_what_is_asked_for_stays_as_it_is(rows, size):
-    """Whatever is fetched ahead, in few programs or many: outputs are the same, and so is what was fetched."""
-    x, parts, weight, bias = example((rows, 256, 2, True, torch.float32), torch.bfloat16, "cuda")
-    ahead = torch.randn(size, device="cuda", dtype=torch.bfloat16)
-    kept = ahead.clone()
-    plain = add_norm(x, parts, weight, bias=bias, backend="triton")
-    found = add_norm(x, parts, weight, bias=bias, ahead=ahead, backend="triton")
-    assert all(torch.equal(one, other) for one, other in zip(found, plain))
-    assert torch.equal(ahead, kept)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

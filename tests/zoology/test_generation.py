@@ -297,7 +297,7 @@ def test_a_chunk_is_recorded_once_two_of_its_shape_were_read(monkeypatch):
 def compile_with(monkeypatch, backend):
     original = zoology.graphs.compile_apart
 
-    def compile_apart(function, dynamic):
+    def compile_apart(function, options=None, *, dynamic):
         return original(function, backend=backend, dynamic=dynamic)
 
     monkeypatch.setattr(zoology.graphs, "compile_apart", compile_apart)

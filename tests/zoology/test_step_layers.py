@@ -84,7 +84,7 @@ def test_the_model_keeps_its_layers_and_shares_its_weights():
     step = StepBlock(block, block.mixer.init_state(1, 2), 3)
     assert {type(module) for name, module in block.named_modules() if name.endswith(("proj", "fc1"))} == {nn.Linear}
     assert type(step.mixer.q_proj) is Columns
-    assert (type(step.fc1), type(step.fc2)) == (nn.Linear, LastLinear)
+    assert (type(step.channel_mixer.fc1), type(step.channel_mixer.fc2)) == (nn.Linear, LastLinear)
     assert step.mixer.out_proj is step.last
     shared = {id(parameter) for parameter in block.parameters()}
     assert {id(parameter) for parameter in step.parameters()} == shared
@@ -145,7 +145,7 @@ def test_layers_of_another_input_stay_apart():
 @pytest.mark.parametrize("num_parts", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parts_on_the_device(dtype, num_parts):
-    """Rounded once, they are no further from float64 than twice the undivided product; also of rows that lie apart."""
+    """Rounded each and added up, they are no further from float64 than twice the whole product; also of rows apart."""
     gen = torch.Generator().manual_seed(0)
     x, weight, bias = (
         torch.randn(*size, generator=gen).to("cuda", dtype) for size in ((130, 2 * 3584), (1792, 3584), (1792,))
@@ -153,7 +153,7 @@ def test_parts_on_the_device(dtype, num_parts):
     for rows in (x[:128, :3584], x[1:3, 3584:]):
         exact = rows.double() @ weight.double().T + bias.double()
         parts = step_layers.product_in_parts(rows, weight, num_parts)
-        assert (parts.dtype, tuple(parts.shape)) == (torch.float32, (num_parts, rows.shape[0], 1792))
+        assert (parts.dtype, tuple(parts.shape)) == (dtype, (num_parts, rows.shape[0], 1792))
         found, plain = (
             float((y.double() - exact).norm() / exact.norm())
             for y in (step_layers.total(parts, bias).to(dtype), nn.functional.linear(rows, weight, bias))
