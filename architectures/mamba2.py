@@ -102,8 +102,14 @@ class Mamba2(SequenceMixer):
 
     def _run(self, u: Tensor, state: Mamba2State, *, empty: bool = False) -> tuple[Tensor, Mamba2State]:
         """u [B, T, D] or, one token, [B, D]; `empty`: the state is."""
-        z, xbc, dt = self.in_proj(u).split([self.d_inner, sum(self.widths), self.num_heads], dim=-1)
         backend = self.backend_for(u)
+        if backend == "triton" and u.ndim == 3:
+            # A product of its own for the few step sizes: their number is one that tensor cores do not like.
+            weight, few = self.in_proj.weight.split([self.d_inner + sum(self.widths), self.num_heads])
+            z, xbc = F.linear(u, weight).split([self.d_inner, sum(self.widths)], dim=-1)
+            dt = F.linear(u, few)
+        else:
+            z, xbc, dt = self.in_proj(u).split([self.d_inner, sum(self.widths), self.num_heads], dim=-1)
         if backend == "mamba-ssm":
             xbc, tail = mamba_ssm.short_convolution(self.conv, xbc, state.conv)
         elif backend == "triton" and u.ndim == 3:

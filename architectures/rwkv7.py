@@ -63,7 +63,7 @@ class RWKV7(SequenceMixer):
     against the equations of the official code written out token by token.
     """
 
-    backends = ("triton", "fla", "reference")
+    backends = ("fla", "triton", "reference")
     keep_init = True  # decay and learning rate start as biases of linear layers
 
     def __init__(

@@ -33,3 +33,11 @@ def gradient_refusal(tensors: list[Tensor]) -> str | None:
 def may_round(x: Tensor) -> bool:
     """Whether products of x may be of 16 bits or TF32. The compiler cannot trace it: a mixer names its backend."""
     return x.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+
+
+def rows_apart(x: Tensor) -> tuple[Tensor, int]:
+    """x [B, T, D] and how far apart its rows lie: columns of a wider tensor stay where they are, all else is copied."""
+    row = x.stride(1)
+    if x.stride(2) == 1 and row >= x.shape[2] and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * row):
+        return x, row
+    return x.contiguous(), x.shape[2]

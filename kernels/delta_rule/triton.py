@@ -206,7 +206,7 @@ def launch(q: Tensor, v: Tensor, *, backward: bool) -> tuple[tuple[int, int, int
     op, prec = (tl.bfloat16, "tf32") if narrow else (tl.float32, "tf32x3" if exact else "tf32")
     chunk = min(CHUNK[narrow], max(16, triton.next_power_of_2(t)))
     constants = {"H": heads, "K": width, "V": values, "C": chunk, "BK": block_k, "BV": block_v, "OP": op, "PREC": prec}
-    warps = 8 if block_k > 32 or backward else 4
+    warps = 8 if backward and block_k > 64 else 4
     return (triton.cdiv(values, block_v), heads, b), constants | {"num_warps": warps, "num_stages": 1}
 
 

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton_support import rows_apart
+
 STRETCH = 16
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -28,9 +29,22 @@ def _tile(p, o_n, o_d, N: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _row(p, t, T, o, SIZE: tl.constexpr):
-    """Row t of [T, SIZE] at p in float32; rows behind the last are zero, and change no state."""
-    return tl.load(p + t * SIZE + o, mask=(o < SIZE) & (t < T), other=0.0).to(tl.float32)
+def _row(p, t, T, row, o, SIZE: tl.constexpr):
+    """Row t of T rows of SIZE at p, `row` apart, in float32; those behind the last are zero, and change no state."""
+    return tl.load(p + t * row + o, mask=(o < SIZE) & (t < T), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _exp(x, EXACT: tl.constexpr):
+    """e^x for x <= 0. The instruction is off by up to two roundings to one side, which adds up over many tokens."""
+    if not EXACT:
+        return tl.exp2(x * 1.4426950408889634)
+    x = tl.maximum(x, -150.0)
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - n * 0.693359375) + n * 2.12194440e-4
+    p = 1.0 / 720 + r * (1.0 / 5040)
+    p = 1.0 / 24 + r * (1.0 / 120 + r * p)
+    return (1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6 + r * p)))) * tl.exp2(n)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -45,6 +59,9 @@ def _forward_kernel(
     starts_ptr,
     last_ptr,
     T,
+    row_x,
+    row_B,
+    row_C,
     HAS_INITIAL: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -52,7 +69,7 @@ def _forward_kernel(
     BD: tl.constexpr,
     STRETCH: tl.constexpr,
     UNROLL: tl.constexpr,
-    LOG2_E: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """y of one sequence and BD channels, the states before every stretch [S, N, D] and after the last token [N, D]."""
     i_b, i_d = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -60,9 +77,9 @@ def _forward_kernel(
     m_h = (o_n < N)[:, None] & (o_d < D)[None, :]
     p_h = o_n[:, None] * D + o_d[None, :]
     num = tl.cdiv(T, STRETCH)
-    p_x, p_dt, p_y = x_ptr + i_b * T * D, dt_ptr + i_b * T * D, y_ptr + i_b * T * D
-    p_B, p_C = B_ptr + i_b * T * N, C_ptr + i_b * T * N
-    b_A = _tile(A_ptr, o_n, o_d, N, D) * LOG2_E
+    p_x, p_dt, p_y = x_ptr + i_b * T * row_x, dt_ptr + i_b * T * D, y_ptr + i_b * T * D
+    p_B, p_C = B_ptr + i_b * T * row_B, C_ptr + i_b * T * row_C
+    b_A = _tile(A_ptr, o_n, o_d, N, D)
     b_h = tl.zeros([BN, BD], tl.float32)
     if HAS_INITIAL:
         b_h += _tile(initial_ptr + i_b * N * D, o_n, o_d, N, D)
@@ -73,9 +90,9 @@ def _forward_kernel(
             b_y = tl.zeros([UNROLL, BD], tl.float32)
             # What is written comes behind all that is read, so that no read has to wait for it.
             for u in tl.static_range(0, UNROLL):
-                b_dt, b_x = _row(p_dt, first + u, T, o_d, D), _row(p_x, first + u, T, o_d, D)
-                b_B, b_C = _row(p_B, first + u, T, o_n, N), _row(p_C, first + u, T, o_n, N)
-                b_h = tl.exp2(b_dt[None, :] * b_A) * b_h + b_B[:, None] * (b_dt * b_x)[None, :]
+                b_dt, b_x = _row(p_dt, first + u, T, D, o_d, D), _row(p_x, first + u, T, row_x, o_d, D)
+                b_B, b_C = _row(p_B, first + u, T, row_B, o_n, N), _row(p_C, first + u, T, row_C, o_n, N)
+                b_h = _exp(b_dt[None, :] * b_A, EXACT) * b_h + b_B[:, None] * (b_dt * b_x)[None, :]
                 b_y += tl.where((o_u == u)[:, None], tl.sum(b_h * b_C[:, None], 0)[None, :], 0.0)
             m_y = (first + o_u < T)[:, None] & (o_d < D)[None, :]
             tl.store(p_y + (first + o_u)[:, None] * D + o_d[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m_y)
@@ -100,13 +117,16 @@ def _backward_kernel(
     dinitial_ptr,
     states_ptr,
     T,
+    row_x,
+    row_B,
+    row_C,
     HAS_DLAST: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     STRETCH: tl.constexpr,
-    LOG2_E: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Gradients of one sequence and BD channels; shares dA [N, D] of a sequence, dB and dC [T, N] of these channels.
 
@@ -118,9 +138,9 @@ def _backward_kernel(
     m_h = m_n[:, None] & m_d[None, :]
     p_h = o_n[:, None] * D + o_d[None, :]
     num = tl.cdiv(T, STRETCH)
-    p_x, p_dt, p_dy = x_ptr + i_b * T * D, dt_ptr + i_b * T * D, dy_ptr + i_b * T * D
+    p_x, p_dt, p_dy = x_ptr + i_b * T * row_x, dt_ptr + i_b * T * D, dy_ptr + i_b * T * D
     p_dx, p_ddt = dx_ptr + i_b * T * D, ddt_ptr + i_b * T * D
-    p_B, p_C = B_ptr + i_b * T * N, C_ptr + i_b * T * N
+    p_B, p_C = B_ptr + i_b * T * row_B, C_ptr + i_b * T * row_C
     share = (i_d * tl.num_programs(0) + i_b) * T * N
     p_states = states_ptr + (i_b * tl.num_programs(1) + i_d) * STRETCH * BN * BD
     p_states += tl.arange(0, BN)[:, None] * BD + tl.arange(0, BD)[None, :]
@@ -133,21 +153,25 @@ def _backward_kernel(
         first = (num - 1 - i) * STRETCH
         b_h = tl.load(starts_ptr + (i_b * num + num - 1 - i) * N * D + p_h, mask=m_h, other=0.0)
         for s in range(0, STRETCH):
-            b_dt, b_x = _row(p_dt, first + s, T, o_d, D), _row(p_x, first + s, T, o_d, D)
-            b_B = _row(p_B, first + s, T, o_n, N)
+            b_dt, b_x = _row(p_dt, first + s, T, D, o_d, D), _row(p_x, first + s, T, row_x, o_d, D)
+            b_B = _row(p_B, first + s, T, row_B, o_n, N)
             tl.store(p_states + s * BN * BD, b_h)
-            b_h = tl.exp2(b_dt[None, :] * (b_A * LOG2_E)) * b_h + b_B[:, None] * (b_dt * b_x)[None, :]
+            b_h = _exp(b_dt[None, :] * b_A, EXACT) * b_h + b_B[:, None] * (b_dt * b_x)[None, :]
         tl.debug_barrier()
         for j in range(0, STRETCH):
             t = first + STRETCH - 1 - j
-            b_dt, b_x, b_dy = _row(p_dt, t, T, o_d, D), _row(p_x, t, T, o_d, D), _row(p_dy, t, T, o_d, D)
-            b_B, b_C = _row(p_B, t, T, o_n, N), _row(p_C, t, T, o_n, N)
+            b_dt, b_x, b_dy = (
+                _row(p_dt, t, T, D, o_d, D),
+                _row(p_x, t, T, row_x, o_d, D),
+                _row(p_dy, t, T, D, o_d, D),
+            )
+            b_B, b_C = _row(p_B, t, T, row_B, o_n, N), _row(p_C, t, T, row_C, o_n, N)
             b_before = tl.load(p_states + (STRETCH - 1 - j) * BN * BD)
             b_u = b_dt * b_x
             b_dh += b_C[:, None] * b_dy[None, :]
             b_dC, b_dB = tl.sum(b_h * b_dy[None, :], 1), tl.sum(b_dh * b_u[None, :], 1)
             b_du = tl.sum(b_dh * b_B[:, None], 0)
-            b_dh *= tl.exp2(b_dt[None, :] * (b_A * LOG2_E))
+            b_dh *= _exp(b_dt[None, :] * b_A, EXACT)
             b_exponent = b_dh * b_before
             b_dA += b_exponent * b_dt[None, :]
             b_ddt = tl.sum(b_exponent * b_A, 0) + b_du * b_x
@@ -167,7 +191,8 @@ def launch(x: Tensor, width: int, *, backward: bool) -> tuple[tuple[int, int], d
     # Backwards a thread has two channels where registers allow it: sums over channels then take half the exchanges.
     block_d = 64 if backward and block_n <= 16 else 32
     block_d = max(1, block_d // max(1, block_n // 64))
-    constants = {"N": width, "D": x.shape[2], "BN": block_n, "BD": block_d, "STRETCH": STRETCH, "LOG2_E": LOG2_E}
+    exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    constants = {"N": width, "D": x.shape[2], "BN": block_n, "BD": block_d, "STRETCH": STRETCH, "EXACT": exact}
     return (x.shape[0], triton.cdiv(x.shape[2], block_d)), constants | {"num_warps": 1}
 
 
@@ -178,15 +203,16 @@ def launch(x: Tensor, width: int, *, backward: bool) -> tuple[tuple[int, int], d
 )
 def forward_op(x, dt, A, B, C, initial):
     """x dt [B, T, D], A [N, D], B C [B, T, N], initial [B, N, D] -> y, the states before stretches, the last state."""
-    x, dt, A, B, C = (part.contiguous() for part in (x, dt, A, B, C))
+    (x, row_x), (B, row_B), (C, row_C) = (rows_apart(part) for part in (x, B, C))
+    dt, A = dt.contiguous(), A.contiguous()
     (b, t, d), n = x.shape, A.shape[0]
-    y, last = torch.empty_like(x), x.new_empty(b, n, d, dtype=torch.float32)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    last = x.new_empty(b, n, d, dtype=torch.float32)
     starts = x.new_empty(b, triton.cdiv(t, STRETCH), n, d, dtype=torch.float32)
     grid, constants = launch(x, n, backward=False)
     given = last if initial is None else initial.contiguous()
-    _forward_kernel[grid](
-        x, dt, A, B, C, given, y, starts, last, t, HAS_INITIAL=initial is not None, UNROLL=4, **constants
-    )
+    flags = {"HAS_INITIAL": initial is not None, "UNROLL": 4}
+    _forward_kernel[grid](x, dt, A, B, C, given, y, starts, last, t, row_x, row_B, row_C, **flags, **constants)
     return y, starts, last
 
 
@@ -206,16 +232,18 @@ def _(x, dt, A, B, C, initial):
 )
 def backward_op(x, dt, A, B, C, starts, dy, d_last):
     """Gradients of x, dt, A by sequence, B and C by blocks of channels, and the initial state."""
-    x, dt, A, B, C, dy = (part.contiguous() for part in (x, dt, A, B, C, dy))
+    (x, row_x), (B, row_B), (C, row_C) = (rows_apart(part) for part in (x, B, C))
+    dt, A, dy = (part.contiguous() for part in (dt, A, dy))
     (b, t, d), n = x.shape, A.shape[0]
     grid, constants = launch(x, n, backward=True)
-    dx, ddt = torch.empty_like(x), torch.empty_like(dt)
+    dx, ddt = torch.empty_like(dy), torch.empty_like(dt)
     dA, d_initial = (x.new_empty(b, n, d, dtype=torch.float32) for _ in range(2))
     dB, dC = (x.new_empty(grid[1], b, t, n, dtype=torch.float32) for _ in range(2))
     states = x.new_empty(*grid, STRETCH, constants["BN"], constants["BD"], dtype=torch.float32)
     inputs = x, dt, A, B, C, starts, dy, d_initial if d_last is None else d_last.contiguous()
     outputs = dx, ddt, dA, dB, dC, d_initial
-    _backward_kernel[grid](*inputs, *outputs, states, t, HAS_DLAST=d_last is not None, **constants)
+    flags = {"HAS_DLAST": d_last is not None}
+    _backward_kernel[grid](*inputs, *outputs, states, t, row_x, row_B, row_C, **flags, **constants)
     return outputs
 
 

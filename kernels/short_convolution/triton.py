@@ -11,16 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton_support import rows_apart
+
 # Channels that a thread holds side by side backwards: with few, a warp is few rows, and sums over them few exchanges.
 RUN = 4
 
 
 @triton.jit
-def _shifted(p, o_t, shift, o_d, T, D: tl.constexpr):
-    """Tokens o_t + shift of one sequence at p, [BT, BD] in float32, zero outside of it."""
+def _shifted(p, o_t, shift, o_d, T, row, D: tl.constexpr):
+    """Tokens o_t + shift of one sequence at p, `row` apart, [BT, BD] in float32, zero outside of it."""
     t = o_t + shift
     m = ((t >= 0) & (t < T))[:, None] & (o_d < D)[None, :]
-    return tl.load(p + t[:, None] * D + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+    return tl.load(p + t[:, None] * row + o_d[None, :], mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -30,6 +32,7 @@ def _forward_kernel(
     b_ptr,
     y_ptr,
     T,
+    row,
     HAS_BIAS: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
@@ -45,7 +48,7 @@ def _forward_kernel(
         b_y += tl.load(b_ptr + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
     for lag in tl.static_range(0, W):
         b_w = tl.load(w_ptr + o_d * W + lag, mask=o_d < D, other=0.0).to(tl.float32)
-        b_y += b_w[None, :] * _shifted(x_ptr + base, o_t, -lag, o_d, T, D)
+        b_y += b_w[None, :] * _shifted(x_ptr + i_b.to(tl.int64) * T * row, o_t, -lag, o_d, T, row, D)
     m = (o_t < T)[:, None] & (o_d < D)[None, :]
     tl.store(y_ptr + base + o_t[:, None] * D + o_d[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m)
 
@@ -58,6 +61,7 @@ def _backward_kernel(
     dx_ptr,
     sums_ptr,
     T,
+    row,
     D: tl.constexpr,
     W: tl.constexpr,
     BT: tl.constexpr,
@@ -68,7 +72,8 @@ def _backward_kernel(
     i_d, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_t, o_d = i_t * BT + tl.arange(0, BT), tl.max_contiguous(i_d * BD + tl.arange(0, BD), RUN)
     base = i_b.to(tl.int64) * T * D
-    b_dy = _shifted(dy_ptr + base, o_t, 0, o_d, T, D)
+    p_x = x_ptr + i_b.to(tl.int64) * T * row
+    b_dy = _shifted(dy_ptr + base, o_t, 0, o_d, T, D, D)
     b_dx = tl.zeros([BT, BD], tl.float32)
     p_sums = sums_ptr + (i_b.to(tl.int64) * tl.num_programs(1) + i_t) * (W + 1) * D + o_d
     for lag in tl.static_range(0, W):
@@ -76,8 +81,8 @@ def _backward_kernel(
         if lag == 0:
             b_dx += b_w[None, :] * b_dy
         else:
-            b_dx += b_w[None, :] * _shifted(dy_ptr + base, o_t, lag, o_d, T, D)
-        b_dw = tl.sum(b_dy * _shifted(x_ptr + base, o_t, -lag, o_d, T, D), 0)
+            b_dx += b_w[None, :] * _shifted(dy_ptr + base, o_t, lag, o_d, T, D, D)
+        b_dw = tl.sum(b_dy * _shifted(p_x, o_t, -lag, o_d, T, row, D), 0)
         tl.store(p_sums + lag * D, b_dw, mask=o_d < D)
     tl.store(p_sums + W * D, tl.sum(b_dy, 0), mask=o_d < D)
     m = (o_t < T)[:, None] & (o_d < D)[None, :]
@@ -117,10 +122,11 @@ def launch(x: Tensor, taps: int, *, backward: bool) -> tuple[tuple[int, int, int
     "zoology::short_convolution", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 )
 def forward_op(x, weight, bias):
-    x, weight = x.contiguous(), weight.contiguous()
-    y = torch.empty_like(x)
+    (x, row), weight = rows_apart(x), weight.contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     grid, constants = launch(x, weight.shape[1], backward=False)
-    _forward_kernel[grid](x, weight, x if bias is None else bias, y, x.shape[1], HAS_BIAS=bias is not None, **constants)
+    inputs = x, weight, weight if bias is None else bias.contiguous()
+    _forward_kernel[grid](*inputs, y, x.shape[1], row, HAS_BIAS=bias is not None, **constants)
     return y
 
 
@@ -135,13 +141,13 @@ def _(x, weight, bias):
     schema="(Tensor x, Tensor weight, Tensor dy) -> (Tensor, Tensor, Tensor)",
 )
 def backward_op(x, weight, dy):
-    x, weight, dy = (tensor.contiguous() for tensor in (x, weight, dy))
+    (x, row), weight, dy = rows_apart(x), weight.contiguous(), dy.contiguous()
     d, taps = weight.shape
-    dx, dw, db = torch.empty_like(x), torch.empty_like(weight), weight.new_empty(d)
+    dx, dw, db = torch.empty_like(dy), torch.empty_like(weight), weight.new_empty(d)
     grid, constants = launch(x, taps, backward=True)
     num = grid[1] * grid[2]
     sums = torch.empty(num, taps + 1, d, device=x.device, dtype=torch.float32)
-    _backward_kernel[grid](x, weight, dy, dx, sums, x.shape[1], RUN=RUN, **constants)
+    _backward_kernel[grid](x, weight, dy, dx, sums, x.shape[1], row, RUN=RUN, **constants)
     _total_kernel[(triton.cdiv(d, 16), taps + 1)](sums, dw, db, num, D=d, W=taps, BN=256, BD=16, num_warps=8)
     return dx, dw, db
 

@@ -109,7 +109,10 @@ def test_bad_dtype_and_a_missing_state():
 
 
 def close_to_float64(case, dtype, device):
-    """Outputs, states and gradients of the kernels: off by at most twice plain PyTorch's error, or 4 roundings."""
+    """Outputs, states and gradients of the kernels: off by at most four times plain PyTorch's error, or 4 roundings.
+
+    That is the rule of the parity check of backends; operands of products are rounded to the dtype of the inputs.
+    """
     (b, t, d, n), resumed = case
     generator = torch.Generator().manual_seed(t)
 
@@ -123,18 +126,24 @@ def close_to_float64(case, dtype, device):
     weights = [part.to(device) for part in (normal(b, t, d), normal(b, d, n))]
 
     def run(backend, wide):
-        leaves = [part.to(device, torch.float64 if wide else part.dtype).requires_grad_() for part in inputs]
+        parts = [part.to(device, torch.float64 if wide else part.dtype) for part in inputs]
+        for i in (0, 3, 4):  # as columns of wider tensors, as a model has them
+            parts[i] = torch.nn.functional.pad(parts[i], (3, 2), value=float("nan"))[..., 3:-2]
+        leaves = [part.detach().requires_grad_() for part in parts]
         y, last = selective_scan(*leaves[:5], initial_state=leaves[5] if resumed else None, backend=backend)
         total = (y.double() * weights[0]).sum()
         if resumed:
             total = total + (last.double() * weights[1]).sum()
         return [y, last, *torch.autograd.grad(total, leaves if resumed else leaves[:5])]
 
+    def off(found, exact):
+        return float((found.double() - exact).norm() / exact.norm())
+
     exact = run("reference", True)
     for actual, rough, wanted in zip(run("triton", False), run("reference", False), exact, strict=True):
         assert actual.dtype == rough.dtype
-        allowed = max(2 * error(rough, wanted), 4 * torch.finfo(actual.dtype).eps)
-        assert error(actual, wanted) <= allowed, (case, dtype, error(actual, wanted), allowed)
+        allowed = 4 * max(off(rough, wanted), torch.finfo(dtype).eps)
+        assert off(actual, wanted) <= allowed, (case, dtype, off(actual, wanted), allowed)
 
 
 # B, T, D, N, whether from a state on and with a gradient through the last

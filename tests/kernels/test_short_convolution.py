@@ -98,6 +98,21 @@ def test_kernels_interpreted(run_interpreted):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_of_a_wider_tensor_are_read_where_they_are(dtype):
+    x, weight, bias, _, dy = example(2, 70, 20, 3, True, False, dtype=dtype, device="cuda")
+    apart = F.pad(x, (5, 12), value=float("nan"))[..., 5:-12]
+    assert apart.stride() == (70 * 37, 37, 1)
+    found = []
+    for part in (x, apart):
+        leaves = [leaf.detach().requires_grad_() for leaf in (part, weight, bias)]
+        y = short_convolution(*leaves, backend="triton")
+        found.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for one, other in zip(*found):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_against_float64(case, dtype, poisoned):
