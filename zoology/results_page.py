@@ -71,8 +71,8 @@ def _part(figure: Figure, comparisons: Sequence[Comparison], written: str = "") 
     told = (
         f"*Filled markers are measured here, hollow ones published (grey: not run here); `{command}`, drawn from the "
         f"raw records in [{figure.directory}]({figure.directory}). The table is that of `python -m zoology.compare "
-        f"{figure.directory}`; every slice, what the learning rate decides and training times are in "
-        f"[{notebook}]({notebook}).*"
+        f"{figure.directory}`. [One figure]({figure.directory}/learning_rates.png) has what the learning rate decides, "
+        f"[{notebook}]({notebook}) every slice and training times as well.*"
     )
     blocks = [f"### {figure.title}", _how_far(figure, comparisons), picture, told]
     for comparison in comparisons:
@@ -154,7 +154,6 @@ def draw(root: Path) -> list[Path]:
             main_figure = figures.beside_published(comparisons[0]) if by_state else figures.by_width(comparisons)
             paths += plot.save_figure(main_figure, directory, "beside_published")
             paths += plot.save_figure(figures.learning_rates(comparisons), directory, "learning_rates")
-            paths += plot.save_figure(figures.training_time(comparisons), directory, "training_time")
     return paths
 
 

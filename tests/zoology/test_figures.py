@@ -266,7 +266,7 @@ def test_the_section_is_written_once_and_then_replaced(root):
     assert first.endswith("<!-- end results -->\n\n## Layout\n\nmore\n")
     assert results_page.replace_section(first.replace("0.189", "0.5"), root) == first
     drawn = {path.name for path in (root / results_page.FIGURES[0].directory).glob("*.png")}
-    assert drawn == {"beside_published.png", "learning_rates.png", "training_time.png"}
+    assert drawn == {"beside_published.png", "learning_rates.png"}
     assert "`python -m zoology.run experiments/mqar_sweep.py --scale paper`" in first
     pictures = [line.split("(")[1][:-1] for line in first.splitlines() if line.startswith("![")]
     assert pictures == ["experiments/results/based_figure2/beside_published.png"]
