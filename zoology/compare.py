@@ -353,9 +353,10 @@ def notes(comparison: Comparison) -> list[str]:
     lines += [f"{MARKS[kind]} {text}" for kind, text in LEGEND.items() if (points["verdict"] == kind).any()]
     counts = points["verdict"].value_counts()
     verdicts = ", ".join(f"{counts.get(kind, 0)} {kind}" for kind in MARKS)
-    lines.append(
-        f"{len(points)} of {len(points) + len(comparison.missing)} published points run: {verdicts} the known spread"
-    )
+    whole = int((points["num_rates"] == points["all_rates"]).sum())
+    rates = "" if whole == len(points) else f", {whole} of them at every learning rate"
+    total = len(points) + len(comparison.missing)
+    lines.append(f"{len(points)} of {total} published points run{rates}: {verdicts} the known spread")
     near = [f"{(points['difference'].abs() <= limit + 1e-9).sum()} within {limit}" for limit in NEAR]
     lines.append(f"of the published accuracy: {', '.join(near)}")
     lines += _spread_lines(points)

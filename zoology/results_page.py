@@ -94,6 +94,8 @@ def _how_far(figure: Figure, comparisons: Sequence[Comparison]) -> str:
     ran = sum(len(comparison.points) for comparison in comparisons)
     total = ran + sum(len(comparison.missing) for comparison in comparisons)
     runs = sum(comparison.frame["run_id"].nunique() for comparison in comparisons)
+    whole = sum(int((part.points["num_rates"] == part.points["all_rates"]).sum()) for part in comparisons)
+    rates = "" if whole == ran else f", {whole} of them at every learning rate"
     begun = {comparison.protocol.name for comparison in comparisons}
     nothing = [
         protocol
@@ -102,9 +104,9 @@ def _how_far(figure: Figure, comparisons: Sequence[Comparison]) -> str:
     ]
     total += sum(point.in_grid for protocol in nothing for point in published.points(protocol.name))
     if ran == total:
-        return f"All {total} published points have been run, in {runs} runs."
+        return f"All {total} published points have been run{rates}, in {runs} runs."
     left = f" Nothing yet: {'; '.join(protocol.title for protocol in nothing)}." if nothing else ""
-    return f"**{ran} of {total} published points have been run so far**, in {runs} runs.{left}"
+    return f"**{ran} of {total} published points have been run so far**{rates}, in {runs} runs.{left}"
 
 
 def _items(lines: Sequence[str]) -> list[str]:
