@@ -71,7 +71,12 @@ import test_add_norm as t
 for case in t.CASES:
     t.check(case, torch.float32, "cpu")
     t.check(case, torch.bfloat16, "cpu")
-print("same")
+given = t.example(t.CASES[0], torch.float32)[:3]
+try:
+    t.add_norm(given[0].requires_grad_(), *given[1:], backend="triton")
+except ValueError as error:
+    assert "it has no gradient; allowed: no_grad" in str(error)
+    print("same")
 """
 
 
