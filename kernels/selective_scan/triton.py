@@ -35,11 +35,11 @@ def _row(p, t, T, row, o, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _exp(x, EXACT: tl.constexpr):
-    """e^x for x <= 0. The instruction is off by up to two roundings to one side, which adds up over many tokens."""
+def _decay(dt, A, EXACT: tl.constexpr):
+    """e^(dt A), at most 1. The instruction is off by up to two roundings to one side: that adds up over many tokens."""
     if not EXACT:
-        return tl.exp2(x * 1.4426950408889634)
-    x = tl.maximum(x, -150.0)
+        return tl.exp2((dt * 1.4426950408889634)[None, :] * A)
+    x = tl.maximum(dt[None, :] * A, -150.0)
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     r = (x - n * 0.693359375) + n * 2.12194440e-4
     p = 1.0 / 720 + r * (1.0 / 5040)
@@ -92,7 +92,7 @@ def _forward_kernel(
             for u in tl.static_range(0, UNROLL):
                 b_dt, b_x = _row(p_dt, first + u, T, D, o_d, D), _row(p_x, first + u, T, row_x, o_d, D)
                 b_B, b_C = _row(p_B, first + u, T, row_B, o_n, N), _row(p_C, first + u, T, row_C, o_n, N)
-                b_h = _exp(b_dt[None, :] * b_A, EXACT) * b_h + b_B[:, None] * (b_dt * b_x)[None, :]
+                b_h = _decay(b_dt, b_A, EXACT) * b_h + b_B[:, None] * (b_dt * b_x)[None, :]
                 b_y += tl.where((o_u == u)[:, None], tl.sum(b_h * b_C[:, None], 0)[None, :], 0.0)
             m_y = (first + o_u < T)[:, None] & (o_d < D)[None, :]
             tl.store(p_y + (first + o_u)[:, None] * D + o_d[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m_y)
@@ -156,7 +156,7 @@ def _backward_kernel(
             b_dt, b_x = _row(p_dt, first + s, T, D, o_d, D), _row(p_x, first + s, T, row_x, o_d, D)
             b_B = _row(p_B, first + s, T, row_B, o_n, N)
             tl.store(p_states + s * BN * BD, b_h)
-            b_h = _exp(b_dt[None, :] * b_A, EXACT) * b_h + b_B[:, None] * (b_dt * b_x)[None, :]
+            b_h = _decay(b_dt, b_A, EXACT) * b_h + b_B[:, None] * (b_dt * b_x)[None, :]
         tl.debug_barrier()
         for j in range(0, STRETCH):
             t = first + STRETCH - 1 - j
@@ -171,7 +171,7 @@ def _backward_kernel(
             b_dh += b_C[:, None] * b_dy[None, :]
             b_dC, b_dB = tl.sum(b_h * b_dy[None, :], 1), tl.sum(b_dh * b_u[None, :], 1)
             b_du = tl.sum(b_dh * b_B[:, None], 0)
-            b_dh *= _exp(b_dt[None, :] * b_A, EXACT)
+            b_dh *= _decay(b_dt, b_A, EXACT)
             b_exponent = b_dh * b_before
             b_dA += b_exponent * b_dt[None, :]
             b_ddt = tl.sum(b_exponent * b_A, 0) + b_du * b_x
