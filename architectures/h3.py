@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from architectures.layers import with_skip
 from architectures.mixer import SequenceMixer, divide_heads
 from architectures.registry import register
 from kernels.fft_conv import fft_conv, fft_conv_step
@@ -141,9 +142,8 @@ class H3(SequenceMixer):
         k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in (k, v))
         return k.unsqueeze(-1) * v.unsqueeze(-2)
 
-    def _read(self, q: Tensor, kv: Tensor, remembered: Tensor) -> Tensor:
-        """q [..., D], kv and the diagonal SSM's output [..., H, K, K] -> [..., D]."""
-        y = remembered + self.ssm_skip[:, None, None] * kv
+    def _output(self, q: Tensor, y: Tensor) -> Tensor:
+        """q [..., D], the diagonal SSM's output with its skip [..., H, K, K] -> [..., D]."""
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
         return self.out_proj((q.unsqueeze(-1) * y).sum(-2).flatten(-2))
 
@@ -152,11 +152,11 @@ class H3(SequenceMixer):
         length = x.shape[1]
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         past = None if state is None else state.shift
-        kv = self._products(fft_conv(k, self.shift(), history=past) + self.shift_skip * k, v)
+        kv = self._products(fft_conv(k, with_skip(self.shift(), self.shift_skip), history=past), v)
         taps = self.ssm.taps(length)
-        remembered = fft_conv(kv, taps[..., None, None])
+        read = fft_conv(kv, with_skip(taps, self.ssm_skip)[..., None, None])
         if state is None:
-            return self._read(q, kv, remembered), None
+            return self._output(q, read), None
         da, db, c = self.ssm()
         power = powers(da, length + 1)  # [H, d_state / 2, T + 1]
         ssm = torch.view_as_complex(state.ssm.to(taps.dtype))
@@ -165,7 +165,7 @@ class H3(SequenceMixer):
         ssm = torch.view_as_real(ssm * power[:, None, None, :, -1])
         ssm = ssm + torch.einsum("hntc,bthij->bhijnc", writes, kv.to(taps.dtype))
         shift = torch.cat([state.shift, k.to(state.shift.dtype)], dim=1)[:, length:]
-        return self._read(q, kv, remembered + carried.to(kv.dtype)), H3State(shift, ssm.to(state.ssm.dtype))
+        return self._output(q, read + carried.to(kv.dtype)), H3State(shift, ssm.to(state.ssm.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return self._run(x, None)[0]
@@ -188,4 +188,5 @@ class H3(SequenceMixer):
         ssm = torch.view_as_complex(state.ssm.to(c.real.dtype)) * da + db * kv.unsqueeze(-1)
         remembered = 2 * (c * ssm).sum(-1).real
         shift = torch.cat([state.shift, k.to(state.shift.dtype).unsqueeze(1)], dim=1)[:, 1:]
-        return self._read(q, kv, remembered.to(kv.dtype)), H3State(shift, torch.view_as_real(ssm).to(state.ssm.dtype))
+        y = remembered.to(kv.dtype) + self.ssm_skip[:, None, None] * kv
+        return self._output(q, y), H3State(shift, torch.view_as_real(ssm).to(state.ssm.dtype))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from architectures.layers import ShortConvolution, check_room
+from architectures.layers import ShortConvolution, check_room, with_skip
 from architectures.long_conv import convolve_on, exact_linear, filter_clock
 from architectures.mixer import SequenceMixer, require_at_least
 from architectures.registry import register
@@ -106,13 +106,12 @@ class Hyena(SequenceMixer):
         taps = taps.unflatten(-1, (self.d_model, self.order - 1))
         kept = []
         for n, gate in enumerate(reversed(gates[1:])):
-            v = v * gate
+            v, with_bias = v * gate, with_skip(taps[..., n], self.filter_bias[n])
             if history is None:
-                convolved = fft_conv(v, taps[..., n])
+                v = fft_conv(v, with_bias)
             else:
-                convolved, rest = convolve_on(v, taps[..., n], history[:, :, n])
+                v, rest = convolve_on(v, with_bias, history[:, :, n])
                 kept.append(rest)
-            v = convolved + v * self.filter_bias[n].to(v.dtype)
         return self.out_proj(v * gates[0]), torch.stack(kept, dim=2) if kept else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -122,6 +122,11 @@ class ShortConvolution(nn.Module):
         return F.silu(y) if self.activation == "silu" else y
 
 
+def with_skip(taps: Tensor, skip: Tensor) -> Tensor:
+    """Taps [L, ...] of a convolution that also adds `skip` [...] times its input: no pass over the input for that."""
+    return torch.cat([taps[:1] + skip, taps[1:]])
+
+
 def token_shift(x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """The input one token earlier, x [B, T, D] or [B, D] and last [B, D] -> as x, and the new last in its own dtype."""
     earlier = last.to(x.dtype)
