@@ -43,7 +43,8 @@ def add_norm(norm: nn.Module, x: Tensor, rest: Rest) -> tuple[Tensor, Tensor]:
     """x + rest [B, D], rounded once, and its norm."""
     if type(norm) is nn.RMSNorm and norm.weight is not None:
         return kernels.add_norm(x, rest.parts, norm.weight, bias=rest.bias, eps=norm.eps)
-    x = total(rest.parts, rest.bias, x).to(x.dtype)
+    whole = rest.parts.shape[0] == 1 and rest.bias is None
+    x = x + rest.parts[0] if whole else total(rest.parts, rest.bias, x).to(x.dtype)
     return x, norm(x)
 
 

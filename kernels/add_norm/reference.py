@@ -12,7 +12,7 @@ def add_norm_reference(
 ) -> tuple[Tensor, Tensor]:
     """x [B, D], parts [S, B, D] -> x + sum of parts + bias, added in the wider dtype and rounded once, and its norm."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    total = parts.to(wide).sum(0) + x.to(wide)
+    total = x.to(wide) + (parts[0] if parts.shape[0] == 1 else parts.sum(0, dtype=wide))
     if bias is not None:
         total = total + bias.to(wide)
     total = total.to(x.dtype)
