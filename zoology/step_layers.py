@@ -2,8 +2,8 @@
 
 A step multiplies a few rows by every weight. How long that takes is decided by how many multiprocessors read weights
 at once, and the libraries' products of few rows keep too few of them busy where a matrix is small, or has few columns
-and a long sum. Layers that read the mixer's input are joined. The sum of the layer that a mixer, or a channel mixer,
-ends with is divided into parts, which are added up by the norm that follows. Both hold for any mixer whose projections
+and a long sum. Layers that read the mixer's input are joined. Long sums are divided into parts; those of the layer that
+a mixer, or a channel mixer, ends with are added up by the norm that follows. Both hold for any mixer whose projections
 are `torch.nn.Linear`.
 
 Axes: B batch, D and N inputs and outputs of a layer, S parts.
@@ -25,7 +25,8 @@ from architectures.mixer import State, clone_state
 from zoology.model import Block, ChannelMixer
 
 NUM_PARTS = (2, 4, 8)
-WORTH = 0.95  # of the time of an undivided product: what parts must stay below
+WORTH = 0.95  # of the time of an undivided product: what parts must stay below that a norm adds up,
+WORTH_ALONE = 0.75  # and parts that nothing else adds up
 MOST_ROWS = 256  # of a product that is divided: more keep the device busy
 
 
@@ -50,8 +51,9 @@ def add_norm(norm: nn.Module, x: Tensor, rest: Rest) -> tuple[Tensor, Tensor]:
 
 def total(parts: Tensor, bias: Tensor | None, start: Tensor | None = None) -> Tensor:
     """start + sum of parts [S, ...] + bias, in float32 at least."""
-    found = parts.sum(0, dtype=torch.promote_types(parts.dtype, torch.float32))
-    for one in (start, bias):
+    wide = torch.promote_types(parts.dtype, torch.float32)
+    found, *others = parts.to(wide).unbind(0)  # one by one: a compiler takes that for element-wise work, and fuses it
+    for one in (*others, start, bias):
         found = found if one is None else found + one.to(found.dtype)
     return found
 
@@ -73,7 +75,7 @@ def _(x, weight, num_parts):
 
 
 @functools.lru_cache(maxsize=256)
-def choose_num_parts(rows: int, n: int, d: int, dtype: torch.dtype, device: torch.device) -> int:
+def choose_num_parts(rows: int, n: int, d: int, dtype: torch.dtype, device: torch.device, worth: float = WORTH) -> int:
     """In how many parts [rows, d] times [n, d] is fastest on this device, by trying: 1 where that is not worth it."""
     allowed = [1, *(parts for parts in NUM_PARTS if d % (8 * parts) == 0)]
     if device.type != "cuda" or dtype.itemsize != 2 or rows > MOST_ROWS:
@@ -83,7 +85,7 @@ def choose_num_parts(rows: int, n: int, d: int, dtype: torch.dtype, device: torc
     x, weights = torch.zeros(rows, d, device=device, dtype=dtype), torch.zeros(copies, n, d, device=device, dtype=dtype)
     times = {parts: _time(functools.partial(_product, x, parts), weights.unbind()) for parts in allowed}
     best = min(times, key=times.get)
-    return best if times[best] < WORTH * times[1] else 1
+    return best if times[best] < worth * times[1] else 1
 
 
 def _time(run, weights: tuple[Tensor, ...]) -> float:
@@ -109,14 +111,36 @@ def _product(x: Tensor, num_parts: int, weight: Tensor) -> Tensor:
     return F.linear(x, weight) if num_parts == 1 else product_in_parts(x, weight, num_parts)
 
 
-class LastLinear(nn.Module):
-    """A linear layer [B, D] that a mixer ends with: it leaves its output as `Rest`, and returns what stands for it."""
+class StandIn(nn.Module):
+    """What takes the place of a linear layer for a number of rows, and has its weights."""
+
+    worth = WORTH_ALONE
 
     def __init__(self, layer: nn.Linear, rows: int):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.num_parts = choose_num_parts(rows, *layer.weight.shape, layer.weight.dtype, layer.weight.device)
+        weight = layer.weight
+        self.num_parts = choose_num_parts(rows, *weight.shape, weight.dtype, weight.device, self.worth)
+
+
+class StepLinear(StandIn):
+    """A linear layer [..., D] -> [..., N]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.num_parts == 1:
+            return F.linear(x, self.weight, self.bias)
+        parts = product_in_parts(x.flatten(0, -2), self.weight, self.num_parts)
+        return total(parts, self.bias).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class LastLinear(StandIn):
+    """A linear layer [B, D] that a mixer ends with: it leaves its output as `Rest`, and returns what stands for it."""
+
+    worth = WORTH
+
+    def __init__(self, layer: nn.Linear, rows: int):
+        super().__init__(layer, rows)
         self.left: tuple[Rest, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,11 +214,11 @@ class StepBlock(nn.Module):
         if self.joined is not None:
             replaced |= {layer: Columns(layer, self.joined, index) for index, layer in enumerate(first)}
         self.norm, self.channel_norm = block.norm, block.channel_norm
-        self.mixer = with_layers(block.mixer, replaced)
+        self.mixer = with_layers(block.mixer, replaced, rows)
         self.channel_mixer, self.channel_last = block.channel_mixer, None
         if type(block.channel_mixer) is ChannelMixer:
             self.channel_last = LastLinear(block.channel_mixer.fc2, rows)
-            self.channel_mixer = with_layers(block.channel_mixer, {block.channel_mixer.fc2: self.channel_last})
+            self.channel_mixer = with_layers(block.channel_mixer, {block.channel_mixer.fc2: self.channel_last}, rows)
 
     def mix(self, x: Tensor, rest: Rest, state: State) -> tuple[Tensor, Rest, State]:
         """The input x + rest -> itself, the mixer's output, and its new state."""
@@ -254,11 +278,13 @@ def input_and_output(block: Block, state: State) -> tuple[list[nn.Linear], nn.Li
     return first, None if last in first else last
 
 
-def with_layers(module: nn.Module, replaced: dict[nn.Linear, nn.Module]) -> nn.Module:
+def with_layers(module: nn.Module, replaced: dict[nn.Linear, nn.Module], rows: int) -> nn.Module:
     """The same module, all it holds shared, with other linear layers."""
     if module in replaced:
         return replaced[module]
-    children = {name: with_layers(child, replaced) for name, child in module.named_children()}
+    if type(module) is nn.Linear:
+        return StepLinear(module, rows)
+    children = {name: with_layers(child, replaced, rows) for name, child in module.named_children()}
     if all(child is module._modules[name] for name, child in children.items()):
         return module
     twin = copy.copy(module)

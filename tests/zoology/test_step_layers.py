@@ -10,7 +10,7 @@ from zoology import step_layers
 from zoology.config import ModelConfig, layer
 from zoology.generation import Decoder
 from zoology.model import LanguageModel
-from zoology.step_layers import Columns, Joined, LastLinear, Rest, StepBlock, add_norm, total
+from zoology.step_layers import Columns, Joined, LastLinear, Rest, StepBlock, StepLinear, add_norm, total
 
 
 def build(spec, **options):
@@ -65,8 +65,8 @@ def test_sums_in_parts_are_the_whole_sum(monkeypatch, channel_mixer, num_parts):
         decoder.decode(token, 1)
         found.append(decoder.logits)
     assert torch.allclose(torch.stack(found, 1), model(tokens), rtol=1e-9, atol=1e-12)
-    # In a step: what each of the three mixers ends with, and each channel mixer.
-    assert divided == [num_parts] * 7 * (3 + (0 if channel_mixer == "none" else 3))
+    # In a step: out; in, x and out; qkv and out; two of every channel mixer. Joined layers are one product as it is.
+    assert divided == [num_parts] * 7 * (6 + (0 if channel_mixer == "none" else 6))
 
 
 def test_a_rest_is_rounded_once():
@@ -84,7 +84,7 @@ def test_the_model_keeps_its_layers_and_shares_its_weights():
     step = StepBlock(block, block.mixer.init_state(1, 2), 3)
     assert {type(module) for name, module in block.named_modules() if name.endswith(("proj", "fc1"))} == {nn.Linear}
     assert type(step.mixer.q_proj) is Columns
-    assert (type(step.channel_mixer.fc1), type(step.channel_mixer.fc2)) == (nn.Linear, LastLinear)
+    assert (type(step.channel_mixer.fc1), type(step.channel_mixer.fc2)) == (StepLinear, LastLinear)
     assert step.mixer.out_proj is step.last
     shared = {id(parameter) for parameter in block.parameters()}
     assert {id(parameter) for parameter in step.parameters()} == shared
