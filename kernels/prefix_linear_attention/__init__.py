@@ -64,7 +64,8 @@ def prefix_linear_attention(
         from kernels.prefix_linear_attention.triton import prefix_linear_attention_triton as run
     else:
         run = prefix_linear_attention_reference
-    short = q.device.type == "cuda" and max(q.shape[1], prefix_k.shape[1]) <= LONGEST_QUADRATIC
+    longest = LONGEST_QUADRATIC if q.device.type == "cuda" else 128  # on a CPU: one chunk of the causal part
+    short = max(q.shape[1], prefix_k.shape[1]) <= longest
     with torch.autocast(q.device.type, enabled=False):
         if run is prefix_linear_attention_reference and short and initial_state is None and not output_final_state:
             o = prefix_linear_attention_quadratic(q, k, v, prefix_k, prefix_v, prefix_mask=prefix_mask, scale=scale)

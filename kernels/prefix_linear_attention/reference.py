@@ -46,8 +46,8 @@ def prefix_linear_attention_quadratic(
 ) -> Tensor:
     """The same without a state: every weight 1 + s + s^2 / 2 written out, T (T + M) of them per head.
 
-    For short sequences on a GPU, where features cost more passes over memory than weights do. A weight is at least 1/2
-    here in any precision; a product of rounded features is not.
+    For short sequences, where features cost more passes over memory than weights do. A weight is at least 1/2 here in
+    any precision; a product of rounded features is not.
     """
     acc = accumulation_dtype(q.dtype, None)
     out_dtype = v.dtype

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from kernels import prefix_linear_attention, taylor_linear_attention, taylor_linear_attention_step, triton_support
-from kernels.prefix_linear_attention.reference import prefix_linear_attention_quadratic
+from kernels.prefix_linear_attention.reference import (
+    prefix_linear_attention_quadratic,
+    prefix_linear_attention_reference,
+)
 from kernels.taylor_linear_attention import TaylorState, num_taylor_features
 from kernels.taylor_linear_attention.reference import (
     naive_taylor_linear_attention,
@@ -241,9 +244,9 @@ def test_prefix_against_the_formula_with_gradients(form):
     v, pv = (torch.randn(2, n, 3, 5, dtype=torch.float64, requires_grad=True) for n in (20, 6))
     mask = torch.tensor([[True] * 6, [True, True, False, True, False, False]])
     if form == "features":
-        actual, _ = prefix_linear_attention(q, k, v, pk, pv, prefix_mask=mask)
+        actual, _ = prefix_linear_attention_reference(q, k, v, pk, pv, prefix_mask=mask, scale=0.5)
     else:
-        actual = prefix_linear_attention_quadratic(q, k, v, pk, pv, prefix_mask=mask, scale=0.5)
+        actual, _ = prefix_linear_attention(q, k, v, pk, pv, prefix_mask=mask)
     expected = dense_prefix(q, k, v, pk, pv, mask)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     weight = torch.randn_like(actual)
@@ -260,7 +263,9 @@ def test_masked_prefix_tokens_leave_no_trace_in_explicit_weights():
     torn = prefix_linear_attention_quadratic(
         q, k, v, pk.masked_fill(holes, torch.nan), pv.masked_fill(holes, torch.nan), prefix_mask=mask, scale=0.5
     )
-    short, _ = prefix_linear_attention(q[:1], k[:1], v[:1], pk[:1, :4], pv[:1, :4], scale=0.5)
+    short, _ = prefix_linear_attention_reference(
+        q[:1], k[:1], v[:1], pk[:1, :4], pv[:1, :4], prefix_mask=None, scale=0.5
+    )
     torch.testing.assert_close(torn[:1], short)
     torch.testing.assert_close(torn[1:], taylor_linear_attention(q[1:], k[1:], v[1:], scale=0.5)[0])
 
@@ -273,7 +278,13 @@ def test_masked_prefix_tokens_leave_no_trace():
     o, end = prefix_linear_attention(q, k, v, pk, pv, prefix_mask=mask, output_final_state=True)
     holes = ~mask[..., None, None].expand_as(pk)
     torn = prefix_linear_attention(
-        q, k, v, pk.masked_fill(holes, torch.nan), pv.masked_fill(holes, torch.nan), prefix_mask=mask
+        q,
+        k,
+        v,
+        pk.masked_fill(holes, torch.nan),
+        pv.masked_fill(holes, torch.nan),
+        prefix_mask=mask,
+        output_final_state=True,
     )
     torch.testing.assert_close(torn[0], o, rtol=0, atol=0)
     alone, alone_end = taylor_linear_attention(q[1:], k[1:], v[1:], output_final_state=True)
