@@ -37,7 +37,9 @@ class PrefixLinearAttention(Based):
 
     Nothing else of the published models is non-causal: in their language models the short convolutions and sliding
     windows beside this layer stay causal, and so do `base_conv` and `sliding_window` here, which take no prefix.
-    Checked against the definition with explicit weights, token by token: no other code of it runs on a CPU.
+    Checked against the definition with explicit weights, token by token, and by hand against the layer of the published
+    language models (HazyResearch/prefix-linear-attention, 7490f22, its plain PyTorch form): with the same weights and
+    prefixes of 1, 7 and 20 of 20 tokens, outputs in float64 agree to 4e-13.
 
     Their set disjointness models (HazyResearch/prefix-linear-attention, 7490f22, synthetic/zoology) differ from the
     paper's formula and from this: causal or not, they divide by the token's weight for itself, w_tt, in place of the

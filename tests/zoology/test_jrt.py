@@ -23,7 +23,7 @@ def order_accuracy(run, first, second):
     """Made up: the causal model loses .2 when the long set comes first and gains with its state; the other does not."""
     if run.architecture == "prefix_linear_attention":
         return 0.9
-    return (0.7 if first < second else 0.5) + 0.01 * run.model.layers[1].options["feature_dim"]
+    return (0.7 if first < second else 0.5) + 0.001 * run.model.d_model
 
 
 def passes_accuracies(run):
@@ -48,17 +48,18 @@ def passes_records(make_record):
 # -- experiments ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", plan.SCALES)
+def sizes_of(parts):
+    return [(part.task.first_size, part.task.second_size) for part in parts]
+
+
+@pytest.mark.parametrize("scale", ["smoke", "paper"])
 def test_both_orders_are_trained_and_tested_at_equal_state(scale):
     runs = plan.load_sweep(ORDER, scale)
     assert len({run.run_id for run in runs}) == len(runs)
     for run in runs:
-        for parts in (run.data.train, run.data.test):
-            sizes = [(part.task.first_size, part.task.second_size) for part in parts]
+        for sizes in (sizes_of(run.data.train), sizes_of(run.data.test)):
             assert len(set(sizes)) == len(sizes)
-            assert scale == "laptop" or set(sizes) == {pair[::-1] for pair in sizes}
-        tested = {(part.task.first_size, part.task.second_size) for part in run.data.test}
-        assert tested == {pair[::-1] for pair in tested}
+            assert set(sizes) == {pair[::-1] for pair in sizes}
     grids = {
         name: sorted(
             (run.model.d_model, run.model.layers[1].options["feature_dim"], run.train.lr, run.seed)
@@ -69,6 +70,22 @@ def test_both_orders_are_trained_and_tested_at_equal_state(scale):
     }
     assert grids["based"] == grids["prefix_linear_attention"] != []
     assert {run.architecture for run in runs} == set(grids)
+
+
+def test_on_a_laptop_each_model_learns_one_order_and_each_order_has_the_same_models_seeds_and_numbers():
+    runs = plan.load_sweep(ORDER, "laptop")
+    assert len({run.run_id for run in runs}) == len(runs) == 16
+    seen = {(2, 48): [], (48, 2): []}
+    for run in runs:
+        (asked,) = sizes_of(run.data.test)
+        trained = sizes_of(run.data.train)
+        assert {first < second for first, second in trained} == {asked[0] < asked[1]}
+        assert asked in trained
+        numbers = [part.num_examples for part in run.data.train]
+        seen[asked].append((run.architecture, run.model.model_dump_json(), run.seed, run.train, numbers))
+    assert seen[2, 48] == seen[48, 2]
+    assert {name for name, *_ in seen[2, 48]} == {"linear_attention", "prefix_linear_attention"}
+    assert {seed for _, _, seed, *_ in seen[2, 48]} == {0, 1, 2, 3}
 
 
 def test_the_paper_scale_is_the_published_protocol():
@@ -90,20 +107,20 @@ def test_the_paper_scale_is_the_published_protocol():
     assert {run.model.layers[1].options["num_heads"] for run in runs} == {2}
 
 
-@pytest.mark.parametrize(("scale", "count"), [("smoke", 2), ("laptop", 4), ("paper", 4)])
+@pytest.mark.parametrize(("scale", "count"), [("smoke", 2), ("laptop", 16), ("paper", 4)])
 def test_one_state_is_part_of_the_whole_sweep(scale, count):
     runs = plan.load_sweep(ORDER.with_name("jrt_one_state.py"), scale)
     whole = plan.load_sweep(ORDER, scale)
     assert len({run.run_id for run in runs}) == len(runs) == count
-    assert len({run.point_id for run in runs}) == len({run.architecture for run in runs}) == 2
+    assert len({(run.architecture, run.model.model_dump_json()) for run in runs}) == 2
     for run in runs:
-        (same,) = [one for one in whole if (one.model, one.train, one.seed) == (run.model, run.train, run.seed)]
-        assert run.data.train == same.data.train
+        alike = [one for one in whole if (one.model, one.train, one.seed) == (run.model, run.train, run.seed)]
+        (same,) = [one for one in alike if one.data.train == run.data.train]
         assert run.data.batch_size == same.data.batch_size
         assert set(run.data.test) <= set(same.data.test)
-        tested = {(part.task.first_size, part.task.second_size) for part in run.data.test}
-        assert tested == {pair[::-1] for pair in tested} != set()
-    assert max(part.task.second_size for part in runs[0].data.test) == {"smoke": 6, "laptop": 32, "paper": 256}[scale]
+    tested = {sizes for run in runs for sizes in sizes_of(run.data.test)}
+    assert tested == {pair[::-1] for pair in tested}
+    assert max(tested) == {"smoke": (6, 2), "laptop": (48, 2), "paper": (256, 16)}[scale]
 
 
 @pytest.mark.parametrize("scale", plan.SCALES)
@@ -163,14 +180,11 @@ def test_smoke_runs_and_is_drawn(path, tmp_path, in_process_engine, watcher):
 
 
 def test_the_order_table_has_what_was_put_in(order_records):
-    table = plots_jrt.order_table(results.from_records(order_records))
-    assert set(zip(table["short"], table["long"])) == {(2, 32)}
-    causal = table[table["architecture"] == "based"]
-    widths = causal["point"].str.extract(r"feature_dim=(\d+)")[0].astype(int)
-    np.testing.assert_allclose(causal[plots_jrt.SHORT_FIRST], 0.7 + 0.01 * widths)
-    np.testing.assert_allclose(causal[plots_jrt.LONG_FIRST], 0.5 + 0.01 * widths)
-    np.testing.assert_allclose(causal["difference"], 0.2)
-    np.testing.assert_allclose(table[table["architecture"] != "based"]["difference"], 0, atol=1e-12)
+    table = plots_jrt.order_table(results.from_records(order_records)).set_index("architecture")
+    assert set(zip(table["short"], table["long"])) == {(2, 48)}
+    columns = [plots_jrt.SHORT_FIRST, plots_jrt.LONG_FIRST, "difference"]
+    np.testing.assert_allclose(table.loc["linear_attention", columns].astype(float), [0.724, 0.524, 0.2])
+    np.testing.assert_allclose(table.loc["prefix_linear_attention", columns].astype(float), [0.9, 0.9, 0], atol=1e-12)
 
 
 def lines_of(axis):
@@ -187,17 +201,20 @@ def test_the_order_figure_draws_it(order_records):
     figure = plots_jrt.order(frame)
     looks = plots_jrt.plot.styles(plots_jrt.plot.by_name(frame))
     assert len({matplotlib.colors.to_hex(look.color) for look in looks.values()}) == 2
-    states = sorted(frame["state_bytes"].unique())
-    assert [axis.get_title() for axis in figure.axes] == ["sets of 2 and 32"]
-    for axis in figure.axes:
-        drawn = {(colour, filled): (x, y) for colour, filled, x, y in lines_of(axis)}
-        based, prefix = looks["based"].color, looks["prefix_linear_attention"].color
-        assert set(drawn) == {(colour, filled) for colour in (based, prefix) for filled in (True, False)}
-        assert all(x == states for x, _ in drawn.values())
-        np.testing.assert_allclose(np.subtract(drawn[based, True][1], drawn[based, False][1]), 0.2)
-        np.testing.assert_allclose(drawn[prefix, True][1], 0.9)
-        (guess,) = [line for line in axis.lines if line.get_linestyle() == ":"]
-        assert set(guess.get_ydata()) == {0.5}
+    states = {name: sorted(part["state_bytes"].unique()) for name, part in frame.groupby("architecture")}
+    assert states == {"linear_attention": [584], "prefix_linear_attention": [1584]}
+    (axis,) = figure.axes
+    assert axis.get_title() == "sets of 2 and 48"
+    drawn = {(colour, filled): (x, y) for colour, filled, x, y in lines_of(axis)}
+    colours = {name: look.color for name, look in looks.items()}
+    assert set(drawn) == {(colour, filled) for colour in colours.values() for filled in (True, False)}
+    for name, colour in colours.items():
+        assert drawn[colour, True][0] == drawn[colour, False][0] == states[name]
+    causal, prefix = colours["linear_attention"], colours["prefix_linear_attention"]
+    np.testing.assert_allclose(np.subtract(drawn[causal, True][1], drawn[causal, False][1]), 0.2)
+    np.testing.assert_allclose(drawn[prefix, True][1], 0.9)
+    (guess,) = [line for line in axis.lines if line.get_linestyle() == ":"]
+    assert set(guess.get_ydata()) == {0.5}
 
 
 def test_the_passes_table_and_figure_have_what_was_put_in(passes_records):
