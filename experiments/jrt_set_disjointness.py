@@ -35,7 +35,7 @@ def laptop() -> list[RunConfig]:
     the short convolution (kernel 3, as published) can tell by the marker before them, with the blurred sum of the long
     one. On one order it finds the best that its state allows: with the short set first, to compare every later token
     with the two that it kept. The causal model is linear attention with weights q.k and one key of one number: what it
-    keeps of 48 tokens is one vector of 24 numbers a layer. Shorter long sets are there to learn from. One learning rate,
+    keeps of 48 tokens is a vector of 24 numbers a layer. Shorter long sets are there to learn from. One learning rate,
     every example once; a step of the prefix model takes twice as long, so it gets half of the examples.
     """
     causal = layer("linear_attention", feature_map="identity", feature_dim=1)
