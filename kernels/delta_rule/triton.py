@@ -19,11 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.linear_recurrence.triton import decays, dot, put_rows, rows
-from kernels.triton_support import INTERPRETED
-
-MAX_VALUES = 64  # value columns of a program
-CHUNK = {True: 32, False: 16}  # by whether operands are of 16 bits: longer ones take more registers than there are
+from kernels.linear_recurrence.triton_chunks import decays, dot, keep, outputs, put_rows, rows, shares, states, tiles
 
 
 @triton.jit
@@ -197,17 +193,8 @@ def _backward_kernel(
 
 def launch(q: Tensor, v: Tensor, *, backward: bool) -> tuple[tuple[int, int, int], dict]:
     """Grid and constants for q [B, T, H, K] and v [B, T, H, V]."""
-    (b, t, heads, width), values = q.shape, v.shape[-1]
-    block_v = min(MAX_VALUES, max(16, triton.next_power_of_2(values)))
-    block_k = max(16, triton.next_power_of_2(width))
-    # As in `kernels.linear_recurrence.triton`.
-    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    narrow = q.dtype == torch.bfloat16 and not INTERPRETED
-    op, prec = (tl.bfloat16, "tf32") if narrow else (tl.float32, "tf32x3" if exact else "tf32")
-    chunk = min(CHUNK[narrow], max(16, triton.next_power_of_2(t)))
-    constants = {"H": heads, "K": width, "V": values, "C": chunk, "BK": block_k, "BV": block_v, "OP": op, "PREC": prec}
-    warps = 8 if backward and block_k > 64 else 4
-    return (triton.cdiv(values, block_v), heads, b), constants | {"num_warps": warps, "num_stages": 1}
+    grid, constants = tiles(q, v)
+    return grid, constants | {"num_warps": 8 if backward and constants["BK"] > 64 else 4}
 
 
 @torch.library.custom_op(
@@ -220,23 +207,18 @@ def forward_op(q, k, v, beta, g, initial, scale):
     """q k [B, T, H, K], v [B, T, H, V], beta g [B, T, H], initial [B, H, K, V] -> o, inverses, starts, last."""
     q, k, v, beta = (part.contiguous() for part in (q, k, v, beta))
     grid, constants = launch(q, v, backward=False)
-    o, inverses, starts, last = _outputs(q, v)
-    given = last if initial is None else initial.contiguous()
+    found = _outputs(q, v)
     decay = beta if g is None else g.contiguous()
-    inputs, outputs = (q, k, v, beta, decay, given), (o, inverses, starts, last)
+    inputs = q, k, v, beta, decay, found[-1] if initial is None else initial.contiguous()
     flags = {"HAS_INITIAL": initial is not None, "HAS_G": g is not None}
-    _forward_kernel[grid](*inputs, *outputs, scale, q.shape[1], **flags, **constants)
-    return outputs
+    _forward_kernel[grid](*inputs, *found, scale, q.shape[1], **flags, **constants)
+    return found
 
 
 def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    (b, t, heads, width), values = q.shape, v.shape[-1]
     chunk = launch(q, v, backward=False)[1]["C"]
-    num = -(-t // chunk)
-    inverses = q.new_empty(b, heads, num, chunk, chunk, dtype=torch.float32)
-    starts = q.new_empty(b, heads, num, width, values, dtype=torch.float32)
-    last = q.new_empty(b, heads, width, values, dtype=torch.float32)
-    return torch.empty_like(v, memory_format=torch.contiguous_format), inverses, starts, last
+    o, starts, last = outputs(q, v, chunk)
+    return o, q.new_empty(*starts.shape[:3], chunk, chunk, dtype=torch.float32), starts, last
 
 
 @forward_op.register_fake
@@ -254,24 +236,20 @@ def backward_op(q, k, v, beta, g, inverses, starts, d_o, d_last, scale):
     """Gradients of q, k, beta and g by blocks of columns, of v, and of the initial state; that of g empty without g."""
     q, k, v, beta, d_o = (part.contiguous() for part in (q, k, v, beta, d_o))
     grid, constants = launch(q, v, backward=True)
-    outputs = _gradients(q, k, v, beta, g)
+    found = _gradients(q, k, v, beta, g)
     decay = beta if g is None else g.contiguous()
-    inputs = q, k, v, beta, decay, inverses, starts, d_o, outputs[-1] if d_last is None else d_last.contiguous()
+    inputs = q, k, v, beta, decay, inverses, starts, d_o, found[-1] if d_last is None else d_last.contiguous()
     flags = {"HAS_DLAST": d_last is not None, "HAS_G": g is not None}
-    _backward_kernel[grid](*inputs, *outputs, scale, q.shape[1], **flags, **constants)
-    return outputs
+    _backward_kernel[grid](*inputs, *found, scale, q.shape[1], **flags, **constants)
+    return found
 
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> tuple[Tensor, ...]:
     blocks = launch(q, v, backward=True)[0][0]
-    # A single share is the gradient itself, and as wide as that.
-    dq, dk = (
-        part.new_empty(blocks, *part.shape, dtype=part.dtype if blocks == 1 else torch.float32) for part in (q, k)
-    )
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     dbeta = beta.new_empty(blocks, *beta.shape, dtype=torch.float32)
     dg = beta.new_empty(0 if g is None else blocks, *beta.shape, dtype=torch.float32)
-    d_initial = q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    return dq, dk, torch.empty_like(v, memory_format=torch.contiguous_format), dbeta, dg, d_initial
+    return shares(q, blocks), shares(k, blocks), dv, dbeta, dg, states(q, v)
 
 
 @backward_op.register_fake
@@ -281,9 +259,7 @@ def _(q, k, v, beta, g, inverses, starts, d_o, d_last, scale):
 
 def _setup(ctx, inputs, output):
     q, k, v, beta, g, initial, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, beta, g, *output[1:3])
-    ctx.has_initial = initial is not None
-    ctx.set_materialize_grads(False)  # zeros for the kept states would be as large as they are
+    keep(ctx, (q, k, v, beta, g, *output[1:3]), initial)
 
 
 def _backward(ctx, d_o, _, __, d_last):

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.delta_rule.triton import inverse
-from kernels.linear_recurrence.triton import dot, put_rows, rows
-from kernels.linear_recurrence.triton_channels import launch, row_at
+from kernels.linear_recurrence.triton_channels import LONGEST
+from kernels.linear_recurrence.triton_chunks import dot, keep, outputs, put_rows, row_at, rows, shares, states, tiles
 
 
 @triton.jit
@@ -228,24 +228,16 @@ def _backward_kernel(
 def forward_op(q, k, v, a, b, g, initial):
     """q k a b g [B, T, H, K], v [B, T, H, V], initial [B, H, K, V] -> o, states before chunks, the last state."""
     q, k, v, a, b, g = (part.contiguous() for part in (q, k, v, a, b, g))
-    grid, constants = launch(q, v)
-    o, starts, last = _outputs(q, v)
+    grid, constants = tiles(q, v, LONGEST)
+    o, starts, last = outputs(q, v, constants["C"])
     inputs = q, k, v, a, b, g, last if initial is None else initial.contiguous()
     _forward_kernel[grid](*inputs, o, starts, last, q.shape[1], HAS_INITIAL=initial is not None, **constants)
     return o, starts, last
 
 
-def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, t, heads, width), values = q.shape, v.shape[-1]
-    num = -(-t // launch(q, v)[1]["C"])
-    starts = q.new_empty(batch, heads, num, width, values, dtype=torch.float32)
-    last = q.new_empty(batch, heads, width, values, dtype=torch.float32)
-    return torch.empty_like(v, memory_format=torch.contiguous_format), starts, last
-
-
 @forward_op.register_fake
 def _(q, k, v, a, b, g, initial):
-    return _outputs(q, v)
+    return outputs(q, v, tiles(q, v, LONGEST)[1]["C"])
 
 
 @torch.library.custom_op(
@@ -257,21 +249,19 @@ def _(q, k, v, a, b, g, initial):
 def backward_op(q, k, v, a, b, g, starts, d_o, d_last):
     """Gradients of q, k, v, a, b and g, all but that of v by blocks of columns, and of the initial state."""
     q, k, v, a, b, g, d_o = (part.contiguous() for part in (q, k, v, a, b, g, d_o))
-    grid, constants = launch(q, v)
-    outputs = _gradients(q, v, g)
-    inputs = q, k, v, a, b, g, starts, d_o, outputs[-1] if d_last is None else d_last.contiguous()
-    _backward_kernel[grid](*inputs, *outputs, q.shape[1], HAS_DLAST=d_last is not None, **constants)
-    return outputs
+    grid, constants = tiles(q, v, LONGEST)
+    found = _gradients(q, v, g)
+    inputs = q, k, v, a, b, g, starts, d_o, found[-1] if d_last is None else d_last.contiguous()
+    _backward_kernel[grid](*inputs, *found, q.shape[1], HAS_DLAST=d_last is not None, **constants)
+    return found
 
 
 def _gradients(q: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    blocks = launch(q, v)[0][0]
-    # A single share is the gradient itself, and as wide as that.
-    dtype = q.dtype if blocks == 1 else torch.float32
-    dq, dk, da, db = (q.new_empty(blocks, *q.shape, dtype=dtype) for _ in range(4))
+    blocks = tiles(q, v, LONGEST)[0][0]
+    dq, dk, da, db = (shares(q, blocks) for _ in range(4))
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     dg = g.new_empty(blocks, *g.shape, dtype=torch.float32)
-    d_initial = q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    return dq, dk, torch.empty_like(v, memory_format=torch.contiguous_format), da, db, dg, d_initial
+    return dq, dk, dv, da, db, dg, states(q, v)
 
 
 @backward_op.register_fake
@@ -281,9 +271,7 @@ def _(q, k, v, a, b, g, starts, d_o, d_last):
 
 def _setup(ctx, inputs, output):
     *given, initial = inputs
-    ctx.save_for_backward(*given, output[1])
-    ctx.has_initial = initial is not None
-    ctx.set_materialize_grads(False)  # zeros for the kept states would be as large as they are
+    keep(ctx, (*given, output[1]), initial)
 
 
 def _backward(ctx, d_o, _, d_last):

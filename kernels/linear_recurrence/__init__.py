@@ -65,11 +65,9 @@ def linear_recurrence(
         raise ValueError(f"backend='triton' cannot run here: {refusal}")
     with torch.autocast(q.device.type, enabled=False):
         if backend == "triton" or (backend == "auto" and not refusal and triton_support.may_round(q)):
-            if g.ndim == 4:
-                from kernels.linear_recurrence.triton_channels import channel_recurrence_triton as run
-            else:
-                from kernels.linear_recurrence.triton import linear_recurrence_triton as run
-            o, state = run(q, k, v, g, initial_state=initial_state)
+            from kernels.linear_recurrence.triton import linear_recurrence_triton
+
+            o, state = linear_recurrence_triton(q, k, v, g, initial_state=initial_state)
             return o, state if output_final_state else None
         return linear_recurrence_reference(
             q,

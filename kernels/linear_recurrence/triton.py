@@ -1,4 +1,4 @@
-"""The linear recurrence with one decay per head and token in Triton, whole sequences at a time.
+"""The linear recurrence in Triton, whole sequences at a time: its operator, and kernels for one decay a head and token.
 
 A program walks over the chunks of one sequence, one head and a block of value columns, the state [K, V] in registers.
 In a chunk that starts from S, with G_ij = sum_{j < l <= i} g_l (no sum is the difference of two: see `reference.py`),
@@ -18,50 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_support import INTERPRETED
-
-MAX_VALUES = 64  # value columns of a program
-CHUNK = {True: 32, False: 16}  # by whether operands are of 16 bits: longer ones take more registers than there are
-
-
-@triton.jit
-def operand(x, OP: tl.constexpr, PREC: tl.constexpr):
-    """An operand of a product; for tf32 rounded, where the tensor cores would cut digits off."""
-    x = x.to(OP)
-    if PREC == "tf32" and x.dtype != tl.bfloat16:
-        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return x
-
-
-@triton.jit
-def dot(x, y, OP: tl.constexpr, PREC: tl.constexpr):
-    return tl.dot(operand(x, OP, PREC), operand(y, OP, PREC), input_precision=PREC)
-
-
-@triton.jit
-def rows(p, o_t, o_x, T, H: tl.constexpr, X: tl.constexpr):
-    """[C, BX] in float32 of one sequence and head of [T, H, X] at p, zero outside."""
-    m = (o_t < T)[:, None] & (o_x < X)[None, :]
-    return tl.load(p + o_t[:, None] * (H * X) + o_x[None, :], mask=m, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def put_rows(p, x, o_t, o_x, T, H: tl.constexpr, X: tl.constexpr):
-    m = (o_t < T)[:, None] & (o_x < X)[None, :]
-    tl.store(p + o_t[:, None] * (H * X) + o_x[None, :], x.to(p.dtype.element_ty), mask=m)
-
-
-@triton.jit
-def decays(g_ptr, o_t, T, H: tl.constexpr, C: tl.constexpr):
-    """exp(G) [C, C], zero where j > i; of the sums up to a token [C]; of those behind a token [C]; of the whole."""
-    o_c = tl.arange(0, C)
-    b_g = tl.load(g_ptr + o_t * H, mask=o_t < T, other=0.0).to(tl.float32)
-    later, upto = o_c[:, None] > o_c[None, :], o_c[:, None] >= o_c[None, :]
-    b_between = tl.where(later, b_g[:, None] + tl.zeros([C, C], tl.float32), 0.0)  # [l, j]
-    b_after = tl.exp(tl.sum(b_between, 0))
-    b_until = tl.exp(tl.sum(tl.where(later, 0.0, b_g[:, None]), 0))  # [l, i], l <= i
-    b_pairs = tl.where(upto, tl.exp(tl.cumsum(b_between, 0)), 0.0)
-    return b_pairs, b_until, b_after, tl.exp(tl.sum(b_g, 0))
+from kernels.linear_recurrence import triton_channels
+from kernels.linear_recurrence.triton_chunks import decays, dot, keep, outputs, put_rows, rows, shares, states, tiles
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -178,22 +136,16 @@ def _backward_kernel(
     tl.store(dinitial_ptr + row * K * V + p_s, b_ds, mask=m_s)
 
 
-def launch(q: Tensor, v: Tensor, *, backward: bool) -> tuple[tuple[int, int, int], dict]:
-    """Grid and constants for q [B, T, H, K] and v [B, T, H, V]."""
-    (b, t, heads, width), values = q.shape, v.shape[-1]
-    block_v = min(MAX_VALUES, max(16, triton.next_power_of_2(values)))
-    block_k = max(16, triton.next_power_of_2(width))
-    # float16 as tf32, which has the same mantissa and more room; float32 as torch is set to, or three tf32 products.
-    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    narrow = q.dtype == torch.bfloat16 and not INTERPRETED  # the interpreter has no bf16 products
-    op, prec = (tl.bfloat16, "tf32") if narrow else (tl.float32, "tf32x3" if exact else "tf32")
-    chunk = min(CHUNK[narrow], max(16, triton.next_power_of_2(t)))
-    constants = {"H": heads, "K": width, "V": values, "C": chunk, "BK": block_k, "BV": block_v, "OP": op, "PREC": prec}
+def launch(q: Tensor, v: Tensor, g: Tensor, *, backward: bool) -> tuple[tuple[int, int, int], dict]:
+    """Grid and constants for q [B, T, H, K], v [B, T, H, V] and g [B, T, H] or [B, T, H, K]."""
+    if g.ndim == 4:
+        return tiles(q, v, triton_channels.LONGEST)
+    grid, constants = tiles(q, v)
     # As measured: few warps wait little for each other, and more are needed where a state is wide.
-    warps = 4 if not narrow or block_k > 16 else 2
-    if backward and block_k > 64:
+    warps = 2 if constants["OP"] == tl.bfloat16 and constants["BK"] == 16 else 4
+    if backward and constants["BK"] > 64:
         warps = 8
-    return (triton.cdiv(values, block_v), heads, b), constants | {"num_warps": warps, "num_stages": 1}
+    return grid, constants | {"num_warps": warps}
 
 
 @torch.library.custom_op(
@@ -202,26 +154,19 @@ def launch(q: Tensor, v: Tensor, *, backward: bool) -> tuple[tuple[int, int, int
     schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial) -> (Tensor, Tensor, Tensor)",
 )
 def forward_op(q, k, v, g, initial):
-    """q k [B, T, H, K], v [B, T, H, V], g [B, T, H], initial [B, H, K, V] -> o, states before chunks, last state."""
+    """q k [B, T, H, K], v [B, T, H, V], g [B, T, H] or like k, initial [B, H, K, V] -> o, starts, last."""
     q, k, v, g = (part.contiguous() for part in (q, k, v, g))
-    grid, constants = launch(q, v, backward=False)
-    o, starts, last = _outputs(q, v)
+    grid, constants = launch(q, v, g, backward=False)
+    o, starts, last = outputs(q, v, constants["C"])
     given = last if initial is None else initial.contiguous()
-    _forward_kernel[grid](q, k, v, g, given, o, starts, last, q.shape[1], HAS_INITIAL=initial is not None, **constants)
+    kernel = triton_channels.forward_kernel if g.ndim == 4 else _forward_kernel
+    kernel[grid](q, k, v, g, given, o, starts, last, q.shape[1], HAS_INITIAL=initial is not None, **constants)
     return o, starts, last
-
-
-def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    (b, t, heads, width), values = q.shape, v.shape[-1]
-    num = -(-t // launch(q, v, backward=False)[1]["C"])
-    starts = q.new_empty(b, heads, num, width, values, dtype=torch.float32)
-    last = q.new_empty(b, heads, width, values, dtype=torch.float32)
-    return torch.empty_like(v, memory_format=torch.contiguous_format), starts, last
 
 
 @forward_op.register_fake
 def _(q, k, v, g, initial):
-    return _outputs(q, v)
+    return outputs(q, v, launch(q, v, g, backward=False)[1]["C"])
 
 
 @torch.library.custom_op(
@@ -233,22 +178,19 @@ def _(q, k, v, g, initial):
 def backward_op(q, k, v, g, starts, d_o, d_last):
     """Gradients of q, k and g by blocks of columns, of v, and of the initial state."""
     q, k, v, g, d_o = (part.contiguous() for part in (q, k, v, g, d_o))
-    grid, constants = launch(q, v, backward=True)
-    outputs = dq, dk, dv, dg, d_initial = _gradients(q, k, v, g)
-    inputs = q, k, v, g, starts, d_o, d_initial if d_last is None else d_last.contiguous()
-    _backward_kernel[grid](*inputs, *outputs, q.shape[1], HAS_DLAST=d_last is not None, **constants)
-    return dq, dk, dv, dg, d_initial
+    grid, constants = launch(q, v, g, backward=True)
+    found = _gradients(q, k, v, g)
+    inputs = q, k, v, g, starts, d_o, found[-1] if d_last is None else d_last.contiguous()
+    kernel = triton_channels.backward_kernel if g.ndim == 4 else _backward_kernel
+    kernel[grid](*inputs, *found, q.shape[1], HAS_DLAST=d_last is not None, **constants)
+    return found
 
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    blocks = launch(q, v, backward=True)[0][0]
-    # A single share is the gradient itself, and as wide as that.
-    dq, dk = (
-        part.new_empty(blocks, *part.shape, dtype=part.dtype if blocks == 1 else torch.float32) for part in (q, k)
-    )
+    blocks = launch(q, v, g, backward=True)[0][0]
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     dg = g.new_empty(blocks, *g.shape, dtype=torch.float32)
-    d_initial = q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    return dq, dk, torch.empty_like(v, memory_format=torch.contiguous_format), dg, d_initial
+    return shares(q, blocks), shares(k, blocks), dv, dg, states(q, v)
 
 
 @backward_op.register_fake
@@ -258,9 +200,7 @@ def _(q, k, v, g, starts, d_o, d_last):
 
 def _setup(ctx, inputs, output):
     *given, initial = inputs
-    ctx.save_for_backward(*given, output[1])
-    ctx.has_initial = initial is not None
-    ctx.set_materialize_grads(False)  # zeros for the kept states would be as large as they are
+    keep(ctx, (*given, output[1]), initial)
 
 
 def _backward(ctx, d_o, _, d_last):
@@ -277,7 +217,7 @@ forward_op.register_autograd(_backward, setup_context=_setup)
 def linear_recurrence_triton(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`linear_recurrence` with g [B, T, H], the state in the dtype of `initial_state` or float32."""
+    """`linear_recurrence` with a decay, the state in the dtype of `initial_state` or float32."""
     initial = None if initial_state is None else initial_state.float()
     o, _, last = torch.ops.zoology.linear_recurrence(q, k, v, g, initial)
     return o, last if initial_state is None else last.to(initial_state.dtype)

@@ -8,22 +8,12 @@ difference, q dq - k dk within a chunk, in which what a token reads of itself ca
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from kernels.linear_recurrence.triton import dot, put_rows, rows
-from kernels.triton_support import INTERPRETED
+from kernels.linear_recurrence.triton_chunks import dot, put_rows, row_at, rows
 
-MAX_VALUES = 64  # value columns of a program
-CHUNK = 16
-
-
-@triton.jit
-def row_at(p, t, T, o_x, H: tl.constexpr, X: tl.constexpr):
-    """[BX] in float32, row t of one sequence and head of [T, H, X] at p, zero outside."""
-    return tl.load(p + t * (H * X) + o_x, mask=(o_x < X) & (t < T), other=0.0).to(tl.float32)
+LONGEST = {True: 16, False: 16}  # chunks, as in `kernels.linear_recurrence.triton_chunks`
 
 
 @triton.jit
@@ -36,7 +26,7 @@ def _channel_decays(g_ptr, o_t, o_k, T, H: tl.constexpr, K: tl.constexpr, C: tl.
 
 
 @triton.jit(do_not_specialize=["T"])
-def _forward_kernel(
+def forward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -88,7 +78,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _backward_kernel(
+def backward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -157,102 +147,3 @@ def _backward_kernel(
         put_rows(dg_ptr + share * K, b_dg, o_t, o_k, T, H, K)
         b_ds = b_ds * b_total[:, None] + dot(tl.trans(b_q * b_until), b_do, OP, PREC)
     tl.store(dinitial_ptr + row * K * V + p_s, b_ds, mask=m_s)
-
-
-def launch(q: Tensor, v: Tensor) -> tuple[tuple[int, int, int], dict]:
-    """Grid and constants for q [B, T, H, K] and v [B, T, H, V]."""
-    (b, _, heads, width), values = q.shape, v.shape[-1]
-    block_v = min(MAX_VALUES, max(16, triton.next_power_of_2(values)))
-    block_k = max(16, triton.next_power_of_2(width))
-    # As in `kernels.linear_recurrence.triton`.
-    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    narrow = q.dtype == torch.bfloat16 and not INTERPRETED
-    op, prec = (tl.bfloat16, "tf32") if narrow else (tl.float32, "tf32x3" if exact else "tf32")
-    constants = {"H": heads, "K": width, "V": values, "C": CHUNK, "BK": block_k, "BV": block_v, "OP": op, "PREC": prec}
-    return (triton.cdiv(values, block_v), heads, b), constants | {"num_warps": 4, "num_stages": 1}
-
-
-@torch.library.custom_op(
-    "zoology::channel_recurrence",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial) -> (Tensor, Tensor, Tensor)",
-)
-def forward_op(q, k, v, g, initial):
-    """q k g [B, T, H, K], v [B, T, H, V], initial [B, H, K, V] -> o, states before chunks, the last state."""
-    q, k, v, g = (part.contiguous() for part in (q, k, v, g))
-    grid, constants = launch(q, v)
-    o, starts, last = _outputs(q, v)
-    given = last if initial is None else initial.contiguous()
-    _forward_kernel[grid](q, k, v, g, given, o, starts, last, q.shape[1], HAS_INITIAL=initial is not None, **constants)
-    return o, starts, last
-
-
-def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    (b, t, heads, width), values = q.shape, v.shape[-1]
-    starts = q.new_empty(b, heads, -(-t // CHUNK), width, values, dtype=torch.float32)
-    last = q.new_empty(b, heads, width, values, dtype=torch.float32)
-    return torch.empty_like(v, memory_format=torch.contiguous_format), starts, last
-
-
-@forward_op.register_fake
-def _(q, k, v, g, initial):
-    return _outputs(q, v)
-
-
-@torch.library.custom_op(
-    "zoology::channel_recurrence_backward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor g, Tensor starts, Tensor d_o, Tensor? d_last)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def backward_op(q, k, v, g, starts, d_o, d_last):
-    """Gradients of q, k and g by blocks of columns, of v, and of the initial state."""
-    q, k, v, g, d_o = (part.contiguous() for part in (q, k, v, g, d_o))
-    grid, constants = launch(q, v)
-    outputs = dq, dk, dv, dg, d_initial = _gradients(q, k, v, g)
-    inputs = q, k, v, g, starts, d_o, d_initial if d_last is None else d_last.contiguous()
-    _backward_kernel[grid](*inputs, *outputs, q.shape[1], HAS_DLAST=d_last is not None, **constants)
-    return dq, dk, dv, dg, d_initial
-
-
-def _gradients(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    blocks = launch(q, v)[0][0]
-    # A single share is the gradient itself, and as wide as that.
-    dq, dk = (
-        part.new_empty(blocks, *part.shape, dtype=part.dtype if blocks == 1 else torch.float32) for part in (q, k)
-    )
-    dg = g.new_empty(blocks, *g.shape, dtype=torch.float32)
-    d_initial = q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    return dq, dk, torch.empty_like(v, memory_format=torch.contiguous_format), dg, d_initial
-
-
-@backward_op.register_fake
-def _(q, k, v, g, starts, d_o, d_last):
-    return _gradients(q, k, v, g)
-
-
-def _setup(ctx, inputs, output):
-    *given, initial = inputs
-    ctx.save_for_backward(*given, output[1])
-    ctx.has_initial = initial is not None
-    ctx.set_materialize_grads(False)  # zeros for the kept states would be as large as they are
-
-
-def _backward(ctx, d_o, _, d_last):
-    q, k, v, g, starts = ctx.saved_tensors
-    d_o = torch.zeros_like(v) if d_o is None else d_o
-    dq, dk, dv, dg, d_initial = torch.ops.zoology.channel_recurrence_backward(q, k, v, g, starts, d_o, d_last)
-    dq, dk, dg = dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype), dg.sum(0).to(g.dtype)
-    return dq, dk, dv, dg, d_initial if ctx.has_initial else None
-
-
-forward_op.register_autograd(_backward, setup_context=_setup)
-
-
-def channel_recurrence_triton(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, initial_state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`linear_recurrence` with g [B, T, H, K], the state in the dtype of `initial_state` or float32."""
-    initial = None if initial_state is None else initial_state.float()
-    o, _, last = torch.ops.zoology.channel_recurrence(q, k, v, g, initial)
-    return o, last if initial_state is None else last.to(initial_state.dtype)
