@@ -30,6 +30,14 @@ def gradient_refusal(tensors: list[Tensor]) -> str | None:
     return None
 
 
+def check_backend(backend: str, backends: tuple[str, ...], refusal: str | None) -> None:
+    """Raise ValueError where `backend` is none of an operation's, or is Triton and there is a `refusal`."""
+    if backend not in backends:
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(backends)}")
+    if backend == "triton" and refusal:
+        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+
+
 def may_round(x: Tensor) -> bool:
     """Whether products of x may be of 16 bits or TF32. The compiler cannot trace it: a mixer names its backend."""
     return x.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"

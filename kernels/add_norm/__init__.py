@@ -44,13 +44,10 @@ def add_norm(
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and vector.shape != x.shape[1:]:
             raise ValueError(f"{name} has shape {tuple(vector.shape)}; allowed: ({x.shape[1]},)")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
     given = [part for part in (x, parts, weight, bias) if part is not None]
     refusal = _refusal(given)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    triton_support.check_backend(backend, BACKENDS, refusal)
     if backend == "reference" or refusal:
         return add_norm_reference(x, parts, weight, bias, eps)
     from kernels.add_norm import triton as impl

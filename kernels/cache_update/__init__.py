@@ -43,11 +43,8 @@ def cache_update(
     Source: RoFormer, arXiv:2104.09864, eq. 34, with the halves of an entry pair as in GPT-NeoX.
     """
     _check(q, k, v, keys, values, position, turned)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     refusal = triton_refusal(q, k, v, keys, values)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    triton_support.check_backend(backend, BACKENDS, refusal)
     if backend == "reference" or refusal:
         return cache_update_reference(q, k, v, keys, values, position, turned, base)
     from kernels.cache_update import triton as impl

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kernels import triton_support
@@ -38,12 +37,8 @@ def cached_attention(
     """
     _check(q, keys, values, position)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys, values))
-    refusal = triton_refusal(q, keys) or ("it has no gradient; allowed: no_grad" if wants_grad else None)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    refusal = triton_refusal(q, keys) or triton_support.gradient_refusal([q, keys, values])
+    triton_support.check_backend(backend, BACKENDS, refusal)
     if backend == "reference" or refusal:
         return cached_attention_reference(q, keys, values, position, scale=scale)
     from kernels.cached_attention import triton as impl

@@ -48,12 +48,9 @@ def convolution_step(
         raise ValueError(f"gate has shape {tuple(gate.shape)}; allowed: {tuple(x.shape)}, that of x")
     if activation not in (None, "silu"):
         raise ValueError(f"activation is {activation!r}; allowed: None, 'silu'")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     given = [part for part in (x, tail, weight, bias, gate) if part is not None]
     refusal = triton_refusal(given)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    triton_support.check_backend(backend, BACKENDS, refusal)
     if backend == "reference" or refusal:
         return convolution_step_reference(x, tail, weight, bias, activation, gate)
     from kernels.convolution_step import triton as impl

@@ -151,10 +151,7 @@ def dplr_delta_rule_step(
 
 
 def _choose_backend(backend: str, refusal: str | None, q: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    triton_support.check_backend(backend, BACKENDS, refusal)
     if backend == "auto":
         return "triton" if refusal is None and triton_support.may_round(q) else "reference"
     return backend

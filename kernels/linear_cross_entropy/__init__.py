@@ -77,11 +77,8 @@ def linear_argmax(hidden: Tensor, weight: Tensor, *, chunk_size: int = 4096) -> 
 
 def choose_loss_backend(backend: str, hidden: Tensor) -> str:
     """The backend that runs: a named one or an error with the reason."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     refusal = triton_refusal(hidden)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    triton_support.check_backend(backend, BACKENDS, refusal)
     if backend != "auto":
         return backend
     if hidden.device.type != "cuda":

@@ -58,11 +58,8 @@ def linear_recurrence(
     _check(q, k, v, g, bonus, initial_state, axes="BTH", name="initial_state")
     if chunk_size is not None and (chunk_size < 1 or chunk_size & (chunk_size - 1)):
         raise ValueError(f"chunk_size is {chunk_size}; allowed: a power of two, or None")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     refusal = triton_refusal(q, v, g, bonus, initial_state, chunk_size)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    triton_support.check_backend(backend, BACKENDS, refusal)
     with torch.autocast(q.device.type, enabled=False):
         if backend == "triton" or (backend == "auto" and not refusal and triton_support.may_round(q)):
             from kernels.linear_recurrence.triton import linear_recurrence_triton

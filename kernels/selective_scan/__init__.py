@@ -47,11 +47,8 @@ def selective_scan(
     Source: Mamba, arXiv:2312.00752, eq. 2 and algorithm 2; `reference.py` holds the formulas.
     """
     _check(x, dt, A, B, C, initial_state, axes="BT", name="initial_state")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     refusal = triton_refusal(x, dt, A, B, C, initial_state)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    triton_support.check_backend(backend, BACKENDS, refusal)
     run = selective_scan_reference
     if backend != "reference" and not refusal:
         from kernels.selective_scan.triton import selective_scan_triton as run

@@ -35,11 +35,8 @@ def short_convolution(
         ValueError: a shape, dtype, device or backend that does not fit.
     """
     _check(x, weight, bias, initial_state)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     refusal = triton_refusal(x, weight)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend='triton' cannot run here: {refusal}")
+    triton_support.check_backend(backend, BACKENDS, refusal)
     run = short_convolution_reference
     if backend != "reference" and not refusal:
         from kernels.short_convolution.triton import short_convolution_triton as run

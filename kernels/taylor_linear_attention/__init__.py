@@ -183,14 +183,9 @@ def check_state(
 
 def choose_backend(backend: str, q: Tensor) -> str:
     """The backend that runs: a named one or an error with the reason; `auto` takes triton where it can."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return backend
     refusal = triton_refusal(q)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend='triton' cannot run here: {refusal}")
-    if backend == "triton":
+    triton_support.check_backend(backend, BACKENDS, refusal)
+    if backend != "auto":
         return backend
     # Measured: in fp32 the quadratic form of a short sequence is the faster one, forward and backward together.
     short = q.dtype == torch.float32 and q.dim() == 4 and q.shape[1] <= LONGEST_QUADRATIC
