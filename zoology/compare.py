@@ -86,8 +86,12 @@ def compare(records: Iterable[dict[str, Any]], failed: Iterable[tuple[dict[str, 
 
 
 def load(directory: Path | str) -> list[Comparison]:
-    """`compare` for a results directory; raises as `results.load` does, too."""
-    return compare(results.load_records(directory), results.load_failed(directory))
+    """`compare` for a results directory; raises as `results.load` does, too. Every error names the directory."""
+    records, failed = results.load_records(directory), results.load_failed(directory)
+    try:
+        return compare(records, failed)
+    except store.ResultsError as error:
+        raise store.ResultsError(f"{directory}: {error}") from None
 
 
 def _compare(protocol: Protocol, records: list[dict[str, Any]], failed: list[tuple[dict[str, Any], str]]) -> Comparison:
@@ -486,8 +490,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         comparisons = load(options.directory)
     except (ValueError, OSError) as error:
-        named = str(options.directory) in str(error)
-        print(f"error: {error}" if named else f"error: {options.directory}: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:
         print(to_json(comparisons))

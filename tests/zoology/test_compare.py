@@ -314,8 +314,10 @@ def test_the_command_prints_json(records, write_records, capsys):
 
 
 def test_a_directory_of_other_tests_is_refused(make_run, make_record, write_records, capsys):
-    assert compare.main([str(write_records([make_record(make_run(), 0.5)]))]) == 2
+    directory = write_records([make_record(make_run(), 0.5)])
+    assert compare.main([str(directory)]) == 2
     error = capsys.readouterr().err
+    assert error.startswith(f"error: {directory}: ")
     assert "none of the 1 runs is tested as a published figure is" in error
     assert "Based, Fig. 2 tests on 64x4, 64x8, 64x16, 128x32, 256x64, 512x128, 1024x256 with 8192 tokens" in error
     assert "these are tested on 16x2 with 32, 24x4 with 32" in error
