@@ -1,5 +1,6 @@
 """The generalised delta rule: its chunked form against its recurrence, and both against published references."""
 
+import against_float64
 import pytest
 import torch
 from torch.nn import functional as F
@@ -225,10 +226,6 @@ def test_wrong_arguments_are_refused():
 
 
 def close_to_float64(case, dtype, device):
-    """Outputs, states and gradients of the kernels: off by at most four times plain PyTorch's error, or 4 roundings.
-
-    That is the rule of the parity check of backends; operands of products are rounded to the dtype of the inputs.
-    """
     (b, t, h, k, v), resumed, kind = case
     generator = torch.Generator().manual_seed(t)
 
@@ -250,27 +247,12 @@ def close_to_float64(case, dtype, device):
     if resumed:
         inputs |= {"initial_state": normal(b, h, k, v).float()}
     function = dplr_delta_rule if kind == "rwkv7" else delta_rule
-    weights = [part.to(device) for part in (normal(b, t, h, v), normal(b, h, k, v))]
+    weights = normal(b, t, h, v), normal(b, h, k, v)
 
-    def run(backend, wide):
-        leaves = {
-            name: part.to(device, torch.float64 if wide else part.dtype).requires_grad_()
-            for name, part in inputs.items()
-        }
-        o, last = function(**leaves, scale=SCALE, output_final_state=True, backend=backend)
-        total = (o.double() * weights[0]).sum()
-        if resumed:
-            total = total + (last.double() * weights[1]).sum()
-        return [o, last, *torch.autograd.grad(total, list(leaves.values()))]
+    def run(given, backend):
+        return function(**given, scale=SCALE, output_final_state=True, backend=backend)
 
-    def off(found, exact):
-        return float((found.double() - exact).norm() / exact.norm())
-
-    exact = run("reference", True)
-    for actual, rough, wanted in zip(run("triton", False), run("reference", False), exact, strict=True):
-        assert actual.dtype == rough.dtype
-        allowed = 4 * max(off(rough, wanted), torch.finfo(dtype).eps)
-        assert off(actual, wanted) <= allowed, (case, dtype, off(actual, wanted), allowed)
+    against_float64.check(run, inputs, resumed, weights, dtype, device, case)
 
 
 # B, T, H, K, V; from a state on and with a gradient through the last

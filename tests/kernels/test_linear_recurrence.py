@@ -1,5 +1,6 @@
 """The chunked recurrence against the naive one and against flash-linear-attention's naive references."""
 
+import against_float64
 import pytest
 import torch
 
@@ -187,10 +188,6 @@ def test_bad_dtypes_and_a_missing_state():
 
 
 def close_to_float64(case, dtype, device):
-    """Outputs, states and gradients of the kernels: off by at most four times plain PyTorch's error, or 4 roundings.
-
-    That is the rule of the parity check of backends; operands of products are rounded to the dtype of the inputs.
-    """
     (b, t, h, k, v), resumed, by_channel = case
     generator = torch.Generator().manual_seed(t)
 
@@ -199,28 +196,16 @@ def close_to_float64(case, dtype, device):
 
     g = -torch.exp(2 * (normal(b, t, h, k) if by_channel else normal(b, t, h)) - 2)
     g[:, t // 2], g[:, t // 3] = -torch.inf, 0
-    inputs = [part.to(dtype) for part in (normal(b, t, h, k), normal(b, t, h, k), normal(b, t, h, v))]
-    inputs += [g.float(), normal(b, h, k, v).float()]
-    weights = [part.to(device) for part in (normal(b, t, h, v), normal(b, h, k, v))]
+    inputs = {"q": normal(b, t, h, k), "k": normal(b, t, h, k), "v": normal(b, t, h, v)}
+    inputs = {name: part.to(dtype) for name, part in inputs.items()} | {"g": g.float()}
+    state, weights = normal(b, h, k, v).float(), (normal(b, t, h, v), normal(b, h, k, v))
+    if resumed:
+        inputs |= {"initial_state": state}
 
-    def run(backend, wide):
-        leaves = [part.to(device, torch.float64 if wide else part.dtype).requires_grad_() for part in inputs]
-        o, last = linear_recurrence(
-            *leaves[:4], initial_state=leaves[4] if resumed else None, output_final_state=True, backend=backend
-        )
-        total = (o.double() * weights[0]).sum()
-        if resumed:
-            total = total + (last.double() * weights[1]).sum()
-        return [o, last, *torch.autograd.grad(total, leaves if resumed else leaves[:4])]
+    def run(given, backend):
+        return linear_recurrence(**given, output_final_state=True, backend=backend)
 
-    def off(found, exact):
-        return float((found.double() - exact).norm() / exact.norm())
-
-    exact = run("reference", True)
-    for actual, rough, wanted in zip(run("triton", False), run("reference", False), exact, strict=True):
-        assert actual.dtype == rough.dtype
-        allowed = 4 * max(off(rough, wanted), torch.finfo(dtype).eps)
-        assert off(actual, wanted) <= allowed, (case, dtype, off(actual, wanted), allowed)
+    against_float64.check(run, inputs, resumed, weights, dtype, device, case)
 
 
 # B, T, H, K, V; from a state on and with a gradient through the last; with a decay per key channel

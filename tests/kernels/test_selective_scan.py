@@ -1,5 +1,6 @@
 """The fast selective scan against the naive one."""
 
+import against_float64
 import pytest
 import torch
 
@@ -109,10 +110,6 @@ def test_bad_dtype_and_a_missing_state():
 
 
 def close_to_float64(case, dtype, device):
-    """Outputs, states and gradients of the kernels: off by at most four times plain PyTorch's error, or 4 roundings.
-
-    That is the rule of the parity check of backends; operands of products are rounded to the dtype of the inputs.
-    """
     (b, t, d, n), resumed = case
     generator = torch.Generator().manual_seed(t)
 
@@ -121,29 +118,18 @@ def close_to_float64(case, dtype, device):
 
     dt = torch.exp(normal(b, t, d))
     dt[:, t // 3], dt[:, t // 2] = 0, 1000
-    inputs = [normal(b, t, d).to(dtype), dt.float(), -torch.exp(normal(d, n)).float()]
-    inputs += [normal(b, t, n).to(dtype), normal(b, t, n).to(dtype), normal(b, d, n).float()]
-    weights = [part.to(device) for part in (normal(b, t, d), normal(b, d, n))]
+    inputs = {"x": normal(b, t, d).to(dtype), "dt": dt.float(), "A": -torch.exp(normal(d, n)).float()}
+    inputs |= {"B": normal(b, t, n).to(dtype), "C": normal(b, t, n).to(dtype)}
+    state, weights = normal(b, d, n).float(), (normal(b, t, d), normal(b, d, n))
+    if resumed:
+        inputs |= {"initial_state": state}
 
-    def run(backend, wide):
-        parts = [part.to(device, torch.float64 if wide else part.dtype) for part in inputs]
-        for i in (0, 3, 4):  # as columns of wider tensors, as a model has them
-            parts[i] = torch.nn.functional.pad(parts[i], (3, 2), value=float("nan"))[..., 3:-2]
-        leaves = [part.detach().requires_grad_() for part in parts]
-        y, last = selective_scan(*leaves[:5], initial_state=leaves[5] if resumed else None, backend=backend)
-        total = (y.double() * weights[0]).sum()
-        if resumed:
-            total = total + (last.double() * weights[1]).sum()
-        return [y, last, *torch.autograd.grad(total, leaves if resumed else leaves[:5])]
+    def run(given, backend):
+        for name in "xBC":  # as columns of wider tensors, as a model has them
+            given = given | {name: torch.nn.functional.pad(given[name], (3, 2), value=float("nan"))[..., 3:-2]}
+        return selective_scan(**given, backend=backend)
 
-    def off(found, exact):
-        return float((found.double() - exact).norm() / exact.norm())
-
-    exact = run("reference", True)
-    for actual, rough, wanted in zip(run("triton", False), run("reference", False), exact, strict=True):
-        assert actual.dtype == rough.dtype
-        allowed = 4 * max(off(rough, wanted), torch.finfo(dtype).eps)
-        assert off(actual, wanted) <= allowed, (case, dtype, off(actual, wanted), allowed)
+    against_float64.check(run, inputs, resumed, weights, dtype, device, case)
 
 
 # B, T, D, N, whether from a state on and with a gradient through the last
