@@ -1,6 +1,8 @@
 """Results beside published ones: made-up records whose differences, marks and order are known."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 
 import pytest
@@ -338,3 +340,11 @@ def test_an_empty_or_missing_directory_is_refused(tmp_path, capsys):
 
 def test_the_command_is_listed():
     assert "compare" in __main__.COMMANDS
+
+
+def test_a_reader_that_stops_reading_is_no_error(records, write_records):
+    command = [sys.executable, "-m", "zoology.compare", str(write_records(records)), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
