@@ -24,6 +24,9 @@ logger = logging.getLogger("architectures")
 
 FACTOR = 4.0
 """A backend's error may be this many times the reference's own error in that precision, or rounding of one entry."""
+NUMBERS = 8
+"""A gradient is compared by this many numbers or more. Rounding alone makes one error FACTOR times the other in 1 of
+17 comparisons of two numbers, as in D of Mamba-2 with two heads, and in 1 of 2,700 of eight (F distribution)."""
 BATCH, LENGTH, DECODED = 2, 160, 4
 """Size of the case: at most LENGTH tokens (two and a half chunks of 64); of a decode case, DECODED are single steps."""
 CHUNK = 64
@@ -141,7 +144,10 @@ def _share(error: float, allowed: float) -> float:
 
 
 class _Case:
-    """A mixer's twin with random parameters, an input, and a random direction to differentiate along."""
+    """A mixer's twin with random parameters, and draws of an input and a random direction to differentiate along.
+
+    One draw, or as many as give NUMBERS numbers of the smallest gradient.
+    """
 
     def __init__(self, mixer: SequenceMixer, device: torch.device, dtype: torch.dtype, seq_len: int):
         generator = torch.Generator().manual_seed(0)
@@ -165,24 +171,34 @@ class _Case:
         shape = (BATCH, length, mixer.d_model)
         self.prefix = {"prefix_length": length // 2} if mixer.takes_prefix else {}
         # Rounded once, so that every precision starts from the same numbers.
-        self.x = draw(shape).to(self.kept if self.autocast else dtype).to(device)
-        self.direction = draw(shape).to(self.home)
+        kept = self.kept if self.autocast else dtype
+        self.draws = [(draw(shape).to(kept).to(device), draw(shape).to(self.home)) for _ in range(self._num_draws())]
+
+    def _num_draws(self) -> int:
+        smallest = min((p.numel() for p in self.mixer.parameters() if p.requires_grad and p.numel()), default=NUMBERS)
+        return -(-NUMBERS // smallest)
 
     def run(self, backend: str, dtype: torch.dtype, *, unroll: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output and gradients in float64, computed by `backend` in `dtype`; outputs alone if token by token."""
+        """Outputs and gradients in float64 of all draws, by `backend` in `dtype`; outputs alone if token by token."""
+        outputs, gradients = zip(*(self._run(backend, dtype, unroll, x, along) for x, along in self.draws))
+        return torch.stack(outputs), {name: torch.stack([each[name] for each in gradients]) for name in gradients[0]}
+
+    def _run(
+        self, backend: str, dtype: torch.dtype, unroll: bool, x: Tensor, direction: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         twin = copy.deepcopy(self.mixer)
         twin.force_backend(backend)
         autocast = self.autocast and dtype == self.dtype
         keep = self.kept if autocast else dtype
         device = self.home if dtype == torch.float64 else self.device
         twin.to(device).to(keep)
-        x = self.x.detach().to(device).to(keep).requires_grad_(not self.decode)
+        x = x.detach().to(device).to(keep).requires_grad_(not self.decode)
         with torch.autocast(device.type, dtype if autocast else torch.bfloat16, enabled=autocast):
             if self.decode or unroll:
                 return self._at_home(self._decode(twin, x, x.shape[1] if unroll else DECODED)), {}
             y = twin(x, **self.prefix)
         y = self._at_home(y)
-        (y * self.direction).sum().backward()
+        (y * direction).sum().backward()
         named = {"x": x, **dict(twin.named_parameters())}
         gradients = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in named.items()}
         return y.detach(), {name: self._at_home(gradient) for name, gradient in gradients.items()}

@@ -99,13 +99,14 @@ def test_what_is_allowed_is_a_small_factor_times_the_references_own_error(fake_b
     """The budget, by hand: the reference in float32 against float64, on the parameters and inputs of the case."""
     mixer = build("fake_right")
     case = parity._Case(mixer, CPU, torch.float32, LENGTH)
+    ((drawn, direction),) = case.draws
 
     def run(dtype):
-        twin, x = copy.deepcopy(case.mixer).to(dtype), case.x.to(dtype)
+        twin, x = copy.deepcopy(case.mixer).to(dtype), drawn.to(dtype)
         twin.force_backend("reference")
         x.requires_grad_()
         y = twin(x)
-        (y.double() * case.direction).sum().backward()
+        (y.double() * direction).sum().backward()
         return y.detach().double(), {"x": x.grad, **{n: p.grad for n, p in twin.named_parameters()}}
 
     (exact, exact_gradients), (single, gradients) = run(torch.float64), run(torch.float32)
@@ -130,7 +131,7 @@ def test_16_bit_beside_float32_parameters_is_autocast_and_16_bit_parameters_are_
         for dtype in (torch.float32, torch.bfloat16)
     ]
     assert [case.autocast for case in cases] == [True, False]
-    assert [case.x.dtype for case in cases] == [torch.float32, torch.bfloat16]
+    assert [case.draws[0][0].dtype for case in cases] == [torch.float32, torch.bfloat16]
     assert all(
         check(build("fake_right", dtype=d), "right", torch.bfloat16).passed for d in (torch.float32, torch.bfloat16)
     )
@@ -207,8 +208,21 @@ def test_a_frozen_mixer_is_checked_like_another(fake_backends):
 
 def test_the_case_moves_parameters_that_start_at_zero():
     case = parity._Case(build("rwkv7"), CPU, torch.float32, LENGTH)
-    assert case.x.shape == (BATCH, LENGTH, 8)
+    assert case.draws[0][0].shape == (BATCH, LENGTH, 8)
     assert float(case.mixer.out_proj.weight.detach().abs().min()) > 0
+
+
+def test_a_gradient_of_two_numbers_is_compared_by_eight():
+    """D of Mamba-2 with two heads: its numbers nearly cancel behind the norm, and one draw says little of rounding."""
+    case = parity._Case(build("mamba2", 64, d_state=8), CPU, torch.float32, 8)
+    outputs, gradients = case.run("reference", torch.float64)
+    assert gradients["D"].shape == (4, 2)
+    assert outputs.shape == (4, BATCH, 8, 64)
+    alone = [case._run("reference", torch.float64, False, *draw)[1]["D"] for draw in case.draws]
+    assert torch.equal(torch.stack(alone), gradients["D"])
+    assert len({float(each[0]) for each in alone}) == 4
+    decode = parity._Case(build("mamba2", 64, d_state=8), CPU, torch.float32, 1)
+    assert len(decode.draws) == 1  # without gradients
 
 
 @pytest.mark.parametrize("name", architectures.names())
