@@ -65,6 +65,7 @@ class Mamba(SequenceMixer):
         nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
         with torch.no_grad():
             self.dt_proj.bias.copy_(step_size_bias(self.d_inner))
+        self.dt_proj.keep_init = True  # a bias of 0 would be a step of .7: nothing is kept beyond a few tokens
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)

@@ -86,7 +86,8 @@ def paper() -> list[RunConfig]:
 def paper_models(size: int) -> dict[str, list[ModelConfig]]:
     """Attention and linear attentions follow a short convolution; Mamba, H3 and Hyena bring one of their own.
 
-    Mamba's blocks have RMSNorm and no channel half, as in its own code.
+    Mamba's blocks have RMSNorm, no channel half, no dropout after the embedding and an initialisation of their own, as
+    in the papers' code.
     """
     widths = (64, 128, 256)
     delta = {"num_heads": 2, "use_gate": False, "conv_size": 4}
@@ -130,9 +131,16 @@ def model(vocab_size: int, d_model: int, *layers: LayerConfig) -> ModelConfig:
 
 
 def mamba_model(vocab_size: int, d_model: int, mixer: LayerConfig) -> ModelConfig:
-    """Two blocks of Mamba's own kind."""
+    """Two blocks of Mamba's own kind: its initialisation, and no dropout."""
     return ModelConfig(
-        vocab_size=vocab_size, d_model=d_model, layers=(mixer,), n_layers=2, norm="rmsnorm", channel_mixer="none"
+        vocab_size=vocab_size,
+        d_model=d_model,
+        layers=(mixer,),
+        n_layers=2,
+        norm="rmsnorm",
+        channel_mixer="none",
+        embed_dropout=0.0,
+        init="mamba",
     )
 
 

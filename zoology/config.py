@@ -58,7 +58,7 @@ class ModelConfig(Schema):
     max_positions: int = Field(0, ge=0)
     embed_dropout: float = Field(0.1, ge=0, lt=1)
     resid_dropout: float = Field(0.0, ge=0, lt=1)
-    init: Literal["paper", "mixer"] = "paper"
+    init: Literal["paper", "plain", "mixer", "mamba"] = "paper"
     init_std: float = Field(0.02, gt=0)
 
     def layer_at(self, index: int) -> LayerConfig:

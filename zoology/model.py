@@ -240,8 +240,11 @@ def initialise(model: LanguageModel) -> None:
 
     Embeddings are normal(0, init_std) always. With `init="paper"` so are the weights of every linear layer, biases
     zero, and output projections (`out_proj`, `fc2`) get init_std / sqrt(2 n_layers), as the code of the Zoology
-    and Based papers did. Exempt are mixers, and single linear layers, with `keep_init = True`: those whose own
-    initialisation matters. With `init="mixer"` all mixers keep what their constructors chose.
+    and Based papers did. That went by names: where an output projection was called otherwise (Based, GLA, the
+    DeltaNets) it started like every other layer, as all do with `init="plain"`. Exempt are mixers, and single linear
+    layers, with `keep_init = True`: those whose own initialisation matters. With `init="mixer"` all mixers keep what
+    their constructors chose; with `init="mamba"` too, but for output projections, which are divided by
+    sqrt(n_layers), as in Mamba's code and in the papers' for its blocks.
     """
     config = model.config
     for embedding in (model.embedding, model.positions):
@@ -249,12 +252,19 @@ def initialise(model: LanguageModel) -> None:
             nn.init.normal_(embedding.weight, std=config.init_std)
     for block in model.blocks:
         parts = [block.channel_mixer]
-        if config.init == "paper" and not block.mixer.keep_init:
+        if config.init in ("paper", "plain") and not block.mixer.keep_init:
             parts.append(block.mixer)
         for name, module in (named for part in parts for named in part.named_modules()):
             if isinstance(module, nn.Linear) and not getattr(module, "keep_init", False):
-                is_output = name.rsplit(".", 1)[-1] in ("out_proj", "fc2")
-                scale = math.sqrt(2 * config.n_layers) if is_output else 1
+                scale = math.sqrt(2 * config.n_layers) if _is_output(name) and config.init != "plain" else 1
                 nn.init.normal_(module.weight, std=config.init_std / scale)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if config.init == "mamba":
+            for name, module in block.mixer.named_modules():
+                if _is_output(name):
+                    module.weight.div_(math.sqrt(config.n_layers))
+
+
+def _is_output(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in ("out_proj", "fc2")

@@ -118,6 +118,30 @@ def test_own_init_is_left_alone():
     assert not torch.equal(paper.blocks[0].mixer.qkv.weight, own.blocks[0].mixer.qkv.weight)
 
 
+def test_plain_init_makes_no_output_projection_smaller():
+    model = build("base_conv", "attention", n_layers=8, init="plain")
+    attention = model.blocks[1].mixer
+    assert float(attention.out_proj.weight.detach().std()) == pytest.approx(0.02, rel=0.15)
+    assert attention.qkv.bias.abs().max() == 0
+
+
+def test_mambas_init_divides_its_output_projections_by_the_square_root_of_depth():
+    own, divided = build("mamba", n_layers=4, init="mixer"), build("mamba", n_layers=4, init="mamba")
+    for before, after in zip(own.blocks, divided.blocks):
+        for name, weight in before.mixer.named_parameters():
+            factor = 0.5 if name == "out_proj.weight" else 1
+            torch.testing.assert_close(after.mixer.get_parameter(name), factor * weight, rtol=0, atol=0)
+
+
+def test_paper_init_leaves_the_steps_of_mamba_alone():
+    """Their biases at 0 would be a step of softplus(0) = .7."""
+    mixer = build("mamba").blocks[0].mixer
+    steps = F.softplus(mixer.dt_proj.bias)
+    assert steps.min() >= 0.001 - 1e-6
+    assert steps.max() <= 0.1 + 1e-6
+    assert float(mixer.in_proj.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
 def test_identity_channel_mixer_adds_the_second_norm():
     """The papers' blocks ran an identity between norm and residual: x + norm(x)."""
     papers, none = build("base_conv", n_layers=1), build("base_conv", n_layers=1, channel_mixer="none")
