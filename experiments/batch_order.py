@@ -1,4 +1,4 @@
-"""Does the order of batches decide the scores? Based, trained as the papers' code did: every epoch in the order given.
+"""Does the order of batches decide the scores? Models trained as the papers' code did: every epoch in the order given.
 
     python -m zoology.run experiments/batch_order.py [--scale smoke|laptop|paper]
 
@@ -14,15 +14,22 @@ from zoology.runner.plan import load_sweep
 
 WIDTHS = {"smoke": (32,), "laptop": (64,), "paper": (64, 128)}
 FEATURES = {"smoke": (8,), "laptop": (8,), "paper": (8, 16)}
+ALSO = ("gla", "deltanet", "gated_deltanet")  # at the paper's smallest width
 
 
 def sweep(scale: str) -> list[RunConfig]:
-    """The runs of a scale: small states of Based at widths of the sweep, at all its learning rates."""
+    """The runs of a scale: small states at widths of the sweep, at all its learning rates."""
     whole = load_sweep(Path(__file__).with_name("mqar_sweep.py"), scale)
     return [
         run.model_copy(update={"data": run.data.model_copy(update={"shuffle": False})})
         for run in whole
-        if run.architecture == "based"
-        and run.model.d_model in WIDTHS[scale]
-        and run.model.layers[-1].options["feature_dim"] in FEATURES[scale]
+        if is_small(run, scale)
     ]
+
+
+def is_small(run: RunConfig, scale: str) -> bool:
+    """Whether a run of the sweep is repeated here."""
+    if run.architecture == "based":
+        features = run.model.layers[-1].options["feature_dim"]
+        return run.model.d_model in WIDTHS[scale] and features in FEATURES[scale]
+    return scale == "paper" and run.architecture in ALSO and run.model.d_model == min(WIDTHS[scale])

@@ -185,10 +185,17 @@ def test_the_paper_scales_have_every_point_and_keep_to_the_protocol(file, figure
 def test_the_order_of_batches_is_all_that_its_experiment_changes(paper_runs):
     runs, sweep = paper_runs("batch_order.py"), paper_runs("mqar_sweep.py")
     protocol = published.protocols()["based_figure2"]
-    assert [published.departures(run.model_dump(mode="json"), protocol) for run in runs] == [[]] * 16
+    assert [published.departures(run.model_dump(mode="json"), protocol) for run in runs] == [[]] * 28
     assert {run.train.lr for run in runs} == set(protocol.learning_rates)
     shuffled = [run.model_copy(update={"data": run.data.model_copy(update={"shuffle": True})}) for run in runs]
     assert {run.run_id for run in shuffled} <= {run.run_id for run in sweep}
+
+
+def test_the_initialisation_is_all_that_its_experiment_changes_of_the_order_of_batches(paper_runs):
+    runs, ordered = paper_runs("initialisation.py"), paper_runs("batch_order.py")
+    assert {run.model.init for run in runs} == {"plain"}
+    papers = [run.model_copy(update={"model": run.model.model_copy(update={"init": "paper"})}) for run in runs]
+    assert [run.run_id for run in papers] == [run.run_id for run in ordered]
 
 
 @pytest.mark.parametrize(("scale", "length"), [("paper", 64), ("laptop", 16), ("smoke", 16)])
