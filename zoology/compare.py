@@ -347,8 +347,21 @@ def tables(comparisons: Sequence[Comparison]) -> pd.DataFrame:
 
 
 def all_notes(comparisons: Sequence[Comparison]) -> list[str]:
-    """The notes of several figures, each under its title."""
-    return [line for comparison in comparisons for line in (comparison.protocol.title, *notes(comparison), "")]
+    """The notes of several figures, each under its title, and what else belongs to these figures and has no run."""
+    lines = [line for comparison in comparisons for line in (comparison.protocol.title, *notes(comparison), "")]
+    nothing = "; ".join(protocol.title for protocol in not_begun(comparisons))
+    return [*lines, f"not run at all, and in no picture: {nothing}"] if nothing else lines
+
+
+def not_begun(comparisons: Sequence[Comparison]) -> list[Protocol]:
+    """The protocols of the same figures of which nothing has been run."""
+    begun = {comparison.protocol.name for comparison in comparisons}
+    of_figures = {comparison.protocol.figure for comparison in comparisons}
+    return [
+        protocol
+        for protocol in published.protocols().values()
+        if protocol.figure in of_figures and protocol.name not in begun
+    ]
 
 
 def notes(comparison: Comparison) -> list[str]:

@@ -71,6 +71,11 @@ class Protocol(NamedTuple):
     learning_rates: tuple[float, ...]
 
     @property
+    def figure(self) -> str:
+        """The figure it is of, which may have one for every length."""
+        return self.name.removesuffix(f"_{self.seq_len}")
+
+    @property
     def seq_len(self) -> int:
         """The length at which its state is counted."""
         return max(length for length, _, _ in self.test)

@@ -74,7 +74,7 @@ def _part(figure: Figure, comparisons: Sequence[Comparison], written: str = "") 
         f"{figure.directory}`. [One figure]({figure.directory}/learning_rates.png) has what the learning rate decides, "
         f"[{notebook}]({notebook}) every slice and training times as well.*"
     )
-    blocks = [f"### {figure.title}", _how_far(figure, comparisons), picture, told]
+    blocks = [f"### {figure.title}", _how_far(comparisons), picture, told]
     for comparison in comparisons:
         block = [markdown_table(comparison), "\n".join(_items(compare.notes(comparison)))]
         if len(comparisons) > 1:
@@ -89,19 +89,14 @@ def _precision(comparisons: Sequence[Comparison]) -> str:
     return f" --precision {names.pop()}" if len(names) == 1 and "fp32" not in names else ""
 
 
-def _how_far(figure: Figure, comparisons: Sequence[Comparison]) -> str:
+def _how_far(comparisons: Sequence[Comparison]) -> str:
     """How much of the published figure has been run, of its panels without any run as well."""
     ran = sum(len(comparison.points) for comparison in comparisons)
     total = ran + sum(len(comparison.missing) for comparison in comparisons)
     runs = sum(comparison.frame["run_id"].nunique() for comparison in comparisons)
     whole = sum(int((part.points["num_rates"] == part.points["all_rates"]).sum()) for part in comparisons)
     rates = "" if whole == ran else f", {whole} of them at every learning rate"
-    begun = {comparison.protocol.name for comparison in comparisons}
-    nothing = [
-        protocol
-        for name, protocol in published.protocols().items()
-        if name.startswith(Path(figure.directory).name) and name not in begun
-    ]
+    nothing = compare.not_begun(comparisons)
     total += sum(point.in_grid for protocol in nothing for point in published.points(protocol.name))
     if ran == total:
         return f"All {total} published points have been run{rates}, in {runs} runs."

@@ -221,15 +221,27 @@ def test_the_notebooks_run(name, file, pictures, made_up, write_records, monkeyp
     assert "published" in tables[0]
 
 
-def test_the_notebook_shows_the_records_of_this_repository(monkeypatch):
+@pytest.mark.parametrize("figure", results_page.FIGURES, ids=lambda figure: Path(figure.directory).name)
+def test_the_notebooks_show_the_records_of_this_repository(figure, monkeypatch):
     monkeypatch.delenv("ZOOLOGY_RESULTS", raising=False)
-    (comparison,) = compare.load(ROOT / results_page.FIGURES[0].directory)
-    outputs = outputs_of("based_figure2")
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    comparisons = compare.load(ROOT / figure.directory)
+    several = comparisons[0].protocol.name != comparisons[0].protocol.figure
+    outputs = outputs_of(Path(figure.directory).name)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3 + several
     printed = [output["text"] for output in outputs if output.output_type == "stream" and output.name == "stdout"]
-    assert "".join(printed) == "\n".join(compare.notes(comparison)) + "\n"
+    notes = compare.all_notes(comparisons) if several else compare.notes(comparisons[0])
+    assert "".join(printed) == "\n".join(notes) + "\n"
     table = next(output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {}))
-    assert table.count("<tr>") == 1 + len(comparison.points)
+    names = {name for comparison in comparisons for name in comparison.points["architecture"]}
+    assert all(f"<td>{name}</td>" in table for name in names)
+    assert table.count("<tr>") == 1 + sum(len(comparison.points) for comparison in comparisons)
+
+
+def test_notes_say_of_what_nothing_was_run(zoology, based):
+    title = published.protocols()["zoology_figure2_512"].title
+    assert compare.all_notes(zoology[:3])[-1] == f"not run at all, and in no picture: {title}"
+    assert compare.all_notes(zoology)[-1] == ""
+    assert compare.all_notes([based]) == [based.protocol.title, *compare.notes(based), ""]
 
 
 # -- the README's section -----------------------------------------------------------------------------------
