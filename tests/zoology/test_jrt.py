@@ -120,7 +120,7 @@ def test_one_state_is_part_of_the_whole_sweep(scale, count):
         assert set(run.data.test) <= set(same.data.test)
     tested = {sizes for run in runs for sizes in sizes_of(run.data.test)}
     assert tested == {pair[::-1] for pair in tested}
-    assert max(tested) == {"smoke": (6, 2), "laptop": (48, 2), "paper": (256, 16)}[scale]
+    assert max(tested) == {"smoke": (6, 2), "laptop": (48, 2), "paper": (768, 16)}[scale]
 
 
 @pytest.mark.parametrize("scale", plan.SCALES)
