@@ -2,8 +2,8 @@
 
     python -m zoology.run experiments/initialisation.py [--scale smoke|laptop|paper]
 
-The papers' code starts output projections smaller where it finds them by name, which it does for attention, H3 and
-Hyena and not for Based, GLA and the DeltaNets (`zoology.model.initialise`); `mqar_sweep.py` does it for all. These are
+The papers' code starts output projections smaller where it finds them by name, which it does for attention and Hyena
+and not for Based, GLA, H3 and the DeltaNets (`zoology.model.initialise`); `mqar_sweep.py` does it for all. These are
 the runs of `batch_order.py`, in the papers' order of batches, but for that.
 """
 

@@ -240,10 +240,10 @@ def initialise(model: LanguageModel) -> None:
 
     Embeddings are normal(0, init_std) always. With `init="paper"` so are the weights of every linear layer, biases
     zero, and output projections (`out_proj`, `fc2`) get init_std / sqrt(2 n_layers), as the code of the Zoology
-    and Based papers did. That went by names: where an output projection was called otherwise (Based, GLA, the
-    DeltaNets) it started like every other layer, as all do with `init="plain"`. Exempt are mixers, and single linear
-    layers, with `keep_init = True`: those whose own initialisation matters. With `init="mixer"` all mixers keep what
-    their constructors chose; with `init="mamba"` too, but for output projections, which are divided by
+    and Based papers did. That went by names: where an output projection was called otherwise (Based, GLA, H3,
+    the DeltaNets) it started like every other layer, as all do with `init="plain"`. Exempt are mixers, and single
+    linear layers, with `keep_init = True`: those whose own initialisation matters. With `init="mixer"` all mixers
+    keep what their constructors chose; with `init="mamba"` too, but for output projections, which are divided by
     sqrt(n_layers), as in Mamba's code and in the papers' for its blocks.
     """
     config = model.config

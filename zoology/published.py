@@ -224,8 +224,30 @@ def departures(config: dict[str, Any], protocol: Protocol) -> list[str]:
         "precision": (train["precision"], "fp32"),
         "order of batches": (_ORDER[data["shuffle"]], _ORDER[False]),
     }
+    if (theirs := INITIALISATION.get(config["architecture"])) is not None:
+        own = registry.get(config["architecture"]).cls.keep_init
+        named["initialisation"] = (_START["mixer" if own else config["model"]["init"]], _START[theirs])
+        papers = 0.0 if theirs == "mamba" else 0.1
+        named["dropout after the embedding"] = (config["model"]["embed_dropout"], papers)
     return [f"{name}: {ours} instead of {theirs}" for name, (ours, theirs) in named.items() if ours != theirs]
 
+
+INITIALISATION = {
+    **dict.fromkeys(("attention", "sliding_window", "hyena"), "paper"),
+    **dict.fromkeys(("based", "gla", "deltanet", "gated_deltanet", "h3", "rwkv7"), "plain"),
+    **dict.fromkeys(("mamba", "mamba2"), "mamba"),
+}
+"""`ModelConfig.init` that does what the papers' code did to an architecture (`zoology.model.initialise`).
+
+Not here is what the values do not differ for. Blocks of Mamba have no dropout there, either.
+"""
+
+_START = {
+    "paper": "smaller output projections",
+    "plain": "all linear layers alike",
+    "mixer": "the mixer's own",
+    "mamba": "that of Mamba's code",
+}
 
 _ORDER = {True: "a new one each epoch", False: "the same each epoch"}
 

@@ -15,6 +15,9 @@ def model(d_model, *layers, n_layers=2):
 
 CONV = layer("base_conv")
 ORDER = "order of batches: a new one each epoch instead of the same each epoch"
+ALIKE = "initialisation: smaller output projections instead of all linear layers alike"
+OWN = "initialisation: the mixer's own instead of all linear layers alike"
+STARTS = {name: [ALIKE] for name in ("based", "gla", "deltanet", "gated_deltanet", "h3")} | {"rwkv7": [OWN]}
 
 # Bytes from the figures at length 1024, and the models of the Based protocol that have them.
 BYTES = [
@@ -172,7 +175,9 @@ def test_the_paper_scales_have_every_point_and_keep_to_the_protocol(file, figure
         config = run.model_dump(mode="json")
         protocol = published.protocol_of(config)
         found.add(protocol.name)
-        assert published.departures(config, protocol) == [ORDER]
+        for other in {id(other.model): other for other in runs if other.data is run.data}.values():
+            told = published.departures(other.model_dump(mode="json"), protocol)
+            assert told == [ORDER, *STARTS.get(other.architecture, [])]
         rates = {other.train.lr for other in runs if other.data is run.data}
         assert sorted(rates) == list(protocol.learning_rates)
         for point in published.points(protocol.name):
@@ -185,7 +190,8 @@ def test_the_paper_scales_have_every_point_and_keep_to_the_protocol(file, figure
 def test_the_order_of_batches_is_all_that_its_experiment_changes(paper_runs):
     runs, sweep = paper_runs("batch_order.py"), paper_runs("mqar_sweep.py")
     protocol = published.protocols()["based_figure2"]
-    assert [published.departures(run.model_dump(mode="json"), protocol) for run in runs] == [[]] * 28
+    told = [published.departures(run.model_dump(mode="json"), protocol) for run in runs]
+    assert told == [[ALIKE]] * 28
     assert {run.train.lr for run in runs} == set(protocol.learning_rates)
     shuffled = [run.model_copy(update={"data": run.data.model_copy(update={"shuffle": True})}) for run in runs]
     assert {run.run_id for run in shuffled} <= {run.run_id for run in sweep}
@@ -194,6 +200,8 @@ def test_the_order_of_batches_is_all_that_its_experiment_changes(paper_runs):
 def test_the_initialisation_is_all_that_its_experiment_changes_of_the_order_of_batches(paper_runs):
     runs, ordered = paper_runs("initialisation.py"), paper_runs("batch_order.py")
     assert {run.model.init for run in runs} == {"plain"}
+    protocol = published.protocols()["based_figure2"]
+    assert not any(published.departures(run.model_dump(mode="json"), protocol) for run in runs)
     papers = [run.model_copy(update={"model": run.model.model_copy(update={"init": "paper"})}) for run in runs]
     assert [run.run_id for run in papers] == [run.run_id for run in ordered]
 
@@ -239,6 +247,16 @@ def test_departures_are_named(paper_runs):
         "training slices: 64x4 (100000) instead of 64x4 (100000), 128x8 (20000), 256x16 (20000), 256x32 (20000), "
         "256x64 (20000)",
         "precision: bf16 instead of fp32",
+    ]
+
+
+def test_the_start_and_the_dropout_of_mamba_are_compared_with_those_of_its_own_blocks(paper_runs):
+    config = next(run for run in paper_runs("mqar_sweep.py") if run.architecture == "mamba").model_dump(mode="json")
+    config["model"] |= {"init": "paper", "embed_dropout": 0.1}
+    assert published.departures(config, published.protocols()["based_figure2"]) == [
+        ORDER,
+        "initialisation: smaller output projections instead of that of Mamba's code",
+        "dropout after the embedding: 0.1 instead of 0.0",
     ]
 
 
