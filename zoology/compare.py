@@ -430,20 +430,25 @@ def cells(row: pd.Series) -> tuple[str, ...]:
 
 
 def order_lines(points: pd.DataFrame, memory: str) -> list[str]:
-    """How many pairs of architectures come out in the published order at equal memory, and each that does not."""
+    """How many pairs of architectures come out in the published order at equal memory, and each that does not.
+
+    What is so at several budgets, as nothing better fits into the larger ones, is one line.
+    """
     rows = order(points, memory)
-    decided, swapped = (
-        sum(row["decided"] for row in rows),
-        [(row["budget"], pair) for row in rows for pair in row["reversed"]],
-    )
-    lines = [f"{decided - len(swapped)} of {decided} pairs that the figure decides, as published"]
-    for budget, pair in swapped:
-        first, second = pair["pair"]
-        at = f"{budget:,} bytes" if memory != "d_model" else f"d_model {budget}"
-        doubt = "" if pair["clear"] else ", which may be within the spread"
-        lines.append(
-            f"at {at} {first} is {-pair['ours']:.3f} below {second}, published {pair['published']:.3f} above{doubt}"
-        )
+    decided, where = sum(row["decided"] for row in rows), {}
+    for row in rows:
+        for pair in row["reversed"]:
+            first, second = pair["pair"]
+            doubt = "" if pair["clear"] else ", which may be within the spread"
+            said = f"{first} is {-pair['ours']:.3f} below {second}, published {pair['published']:.3f} above{doubt}"
+            where.setdefault(said, []).append(row["budget"])
+    lines = [f"{decided - sum(map(len, where.values()))} of {decided} pairs that the figure decides, as published"]
+    for said, budgets in where.items():
+        if memory == "d_model":
+            lines += [f"at d_model {width} {said}" for width in budgets]
+        else:
+            span = " to ".join(f"{budget:,}" for budget in sorted({budgets[0], budgets[-1]}))
+            lines.append(f"at {span} bytes {said}")
     return lines
 
 

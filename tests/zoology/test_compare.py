@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
+import pandas as pd
 import pytest
 
 from zoology import __main__, compare, published
@@ -255,6 +256,17 @@ def test_the_order_at_equal_memory(points):
     assert swapped["ours"] == pytest.approx(-0.15)
     assert not swapped["clear"]
     assert rows[32_768]["decided"] == 6
+
+
+def test_what_is_reversed_at_several_budgets_is_one_line():
+    rows = [("based", 4_000, 0.7, 0.4), ("gla", 4_000, 0.5, 0.6), ("h3", 9_000, 0.2, 0.1), ("h3", 60_000, 0.3, 0.2)]
+    points = pd.DataFrame(rows, columns=["architecture", "field_bytes", "published", "accuracy"])
+    points = points.assign(spread_low=0.02, spread_high=0.02, d_model=64)
+    assert compare.order_lines(points, "field_bytes") == [
+        "4 of 7 pairs that the figure decides, as published",
+        "at 4,096 to 65,536 bytes based is 0.200 below gla, published 0.200 above",
+    ]
+    assert compare.order_lines(points, "d_model")[1] == "at d_model 64 based is 0.200 below gla, published 0.200 above"
 
 
 def test_one_architecture_has_no_order_and_no_difference_has_no_sign(sweep, make_record):
