@@ -13,7 +13,7 @@ from architectures import backends, mamba_ssm
 from architectures.layers import ShortConvolution, step_size_bias, whole_sequences_only
 from architectures.mixer import SequenceMixer, require_at_least
 from architectures.registry import register
-from kernels.selective_scan import MAX_WIDTH, selective_scan, selective_scan_step
+from kernels.selective_scan import MAX_WIDTH, selective_scan, selective_scan_step, step_sizes
 
 LONGEST_SCAN = 2048
 
@@ -145,15 +145,16 @@ class Mamba(SequenceMixer):
                     y, ssm = mamba_ssm.gated_scan(x, dt, decay, b, c, **rest)
                 return self.out_proj(y), MambaState(ssm, tail)
             y, ssm = mamba_ssm.selective_scan(x, self.dt_proj(dt), decay, b, c, state.ssm)
+            y = y + self.D.to(x.dtype) * x
         else:
             kernel = "triton" if backend == "triton" else "reference"
-            y, ssm = self._mix(x, self.dt_proj(dt), b, c, state.ssm, kernel)
-        return self.out_proj((y + self.D.to(x.dtype) * x) * F.silu(z)), MambaState(ssm, tail)
+            y, ssm = self._mix(x, F.linear(dt, self.dt_proj.weight), b, c, state.ssm, kernel)
+        return self.out_proj(y * F.silu(z)), MambaState(ssm, tail)
 
     def _mix(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, ssm: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
-        """x and dt before the softplus [..., E], b c [..., N], ssm [B, E, N] -> y [..., E], ssm."""
-        dt = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)))
-        decay = -self.A_log.to(dt.dtype).exp()
+        """x and dt before its bias and softplus [..., E], b c [..., N], ssm [B, E, N] -> y with the skip, ssm."""
+        bias, decay = self.dt_proj.bias, -self.A_log.to(torch.promote_types(dt.dtype, torch.float32)).exp()
         if x.ndim == 2:
-            return selective_scan_step(x, dt, decay, b, c, ssm)
-        return selective_scan(x, dt, decay, b, c, initial_state=ssm, backend=kernel)
+            y, ssm = selective_scan_step(x, step_sizes(dt, bias), decay, b, c, ssm)
+            return y + self.D.to(x.dtype) * x, ssm
+        return selective_scan(x, dt, decay, b, c, dt_bias=bias, skip=self.D, initial_state=ssm, backend=kernel)

@@ -25,6 +25,14 @@ from torch.nn import functional as F
 from kernels.linear_recurrence.reference import accumulation_dtype
 
 
+def step_sizes(dt: Tensor, dt_bias: Tensor | None) -> Tensor:
+    """softplus(dt + dt_bias) in float32 at least, or dt as it is."""
+    if dt_bias is None:
+        return dt
+    acc = accumulation_dtype(dt, dt_bias)
+    return F.softplus(dt.to(acc) + dt_bias.to(acc))
+
+
 def selective_scan_step_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -58,10 +66,11 @@ def selective_scan_reference(
     B: Tensor,
     C: Tensor,
     *,
+    skip: Tensor | None = None,
     initial_state: Tensor | None = None,
     num_stretches: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fast form of `naive_selective_scan`, the state in the dtype of `initial_state`, or float32 at least."""
+    """Fast form of `naive_selective_scan`, with skip [D] times x; the state as `initial_state`, or float32 at least."""
     acc, length = accumulation_dtype(x, initial_state), x.shape[1]
     if num_stretches is None:
         num_stretches = 1 if x.device.type == "cpu" else max(1, math.isqrt(length))
@@ -70,7 +79,10 @@ def selective_scan_reference(
     padding = -length % num_stretches
     x_, dt_, B_, C_ = (F.pad(part.to(acc), (0, 0, 0, padding)) for part in (x, dt, B, C))
     y, last = _SelectiveScan.apply(x_, dt_, A.to(acc), B_, C_, state, num_stretches)
-    return y[:, :length].to(x.dtype), last if initial_state is None else last.to(initial_state.dtype)
+    y = y[:, :length]
+    if skip is not None:
+        y = y + skip.to(acc) * x.to(acc)
+    return y.to(x.dtype), last if initial_state is None else last.to(initial_state.dtype)
 
 
 class _SelectiveScan(torch.autograd.Function):

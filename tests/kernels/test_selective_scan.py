@@ -75,6 +75,18 @@ def test_split_and_resume_and_step():
     assert error(middle, last) < 1e-13
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_bias_and_skip(dtype):
+    x, dt, A, B, C, _ = draw(12, dtype)
+    bias, skip = torch.linspace(-5, 1, 5, dtype=torch.float64), torch.linspace(2, -1, 5, dtype=torch.float64)
+    wide = torch.promote_types(dtype, torch.float32)
+    y, last = selective_scan(x, -dt, A, B, C, dt_bias=bias.to(wide), skip=skip.to(wide))
+    sizes = (1 + (bias - dt.double()).exp()).log()
+    wanted, wanted_last = naive_selective_scan(x.double(), sizes, A.double(), B.double(), C.double())
+    assert error(y, wanted + skip * x.double()) < (1e-12 if dtype == torch.float64 else 2**-8)
+    assert error(last, wanted_last) < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
 def test_low_precision_inputs_keep_a_float32_state():
     *inputs, _ = draw(30, torch.bfloat16)
     y, last = selective_scan(*inputs)
@@ -93,6 +105,8 @@ def test_low_precision_inputs_keep_a_float32_state():
         ({"A": (4, 3)}, r"A has shape \(4, 3\); allowed: \(5, N >= 1\)"),
         ({"B": (2, 4, 2)}, r"B has shape \(2, 4, 2\); allowed: \(2, 4, 3\)"),
         ({"initial_state": (2, 3, 5)}, r"initial_state has shape \(2, 3, 5\); allowed: \(2, 5, 3\)"),
+        ({"dt_bias": (3,)}, r"dt_bias has shape \(3,\); allowed: \(5,\)"),
+        ({"skip": (2, 5)}, r"skip has shape \(2, 5\); allowed: \(5,\)"),
     ],
 )
 def test_bad_shapes(change, message):
@@ -110,7 +124,7 @@ def test_bad_dtype_and_a_missing_state():
 
 
 def close_to_float64(case, dtype, device):
-    (b, t, d, n), resumed = case
+    (b, t, d, n), resumed, biased = case
     generator = torch.Generator().manual_seed(t)
 
     def normal(*shape):
@@ -118,11 +132,19 @@ def close_to_float64(case, dtype, device):
 
     dt = torch.exp(normal(b, t, d))
     dt[:, t // 3], dt[:, t // 2] = 0, 1000
-    inputs = {"x": normal(b, t, d).to(dtype), "dt": dt.float(), "A": -torch.exp(normal(d, n)).float()}
+    if biased:  # as a product of matrices gives them
+        dt, bias = normal(b, t, d), normal(d).float() - 4
+        dt[:, t // 3], dt[:, t // 2] = -1000, 1000
+        dt = dt.to(dtype)
+    else:
+        dt = dt.float()
+    inputs = {"x": normal(b, t, d).to(dtype), "dt": dt, "A": -torch.exp(normal(d, n)).float()}
     inputs |= {"B": normal(b, t, n).to(dtype), "C": normal(b, t, n).to(dtype)}
     state, weights = normal(b, d, n).float(), (normal(b, t, d), normal(b, d, n))
     if resumed:
         inputs |= {"initial_state": state}
+    if biased:
+        inputs |= {"dt_bias": bias, "skip": normal(d).float()}
 
     def run(given, backend):
         for name in "xBC":  # as columns of wider tensors, as a model has them
@@ -132,12 +154,13 @@ def close_to_float64(case, dtype, device):
     against_float64.check(run, inputs, resumed, weights, dtype, device, case)
 
 
-# B, T, D, N, whether from a state on and with a gradient through the last
+# B, T, D, N; whether from a state on and with a gradient through the last; whether with a bias and a skip
 SHAPES = [
-    ((2, 37, 5, 3), True),
-    ((1, 16, 70, 16), False),
-    ((1, 21, 33, 24), True),
-    ((1, 3, 4, 1), False),
+    ((2, 37, 5, 3), True, False),
+    ((1, 16, 70, 16), False, True),
+    ((1, 21, 33, 24), True, True),
+    ((1, 3, 4, 1), False, False),
+    ((2, 5, 9, 5), True, True),
 ]
 
 INTERPRETED = """
@@ -160,7 +183,7 @@ def test_kernels_interpreted(run_interpreted):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", [*SHAPES, ((3, 256, 128, 16), False), ((2, 100, 96, 64), True)])
+@pytest.mark.parametrize("case", [*SHAPES, ((3, 256, 128, 16), False, True), ((2, 100, 96, 64), True, False)])
 def test_kernels_against_float64(case, dtype, poisoned):
     close_to_float64(case, dtype, "cuda")
 
@@ -170,8 +193,9 @@ def test_registration_of_the_operator():
     import kernels.selective_scan.triton  # noqa: F401
 
     x, dt, A, B, C, state = (part.cuda() for part in draw(20, torch.float32))
-    leaves = [part.requires_grad_() for part in (x, dt, A.T.contiguous(), B, C, state.transpose(1, 2).contiguous())]
-    torch.library.opcheck(torch.ops.zoology.selective_scan.default, leaves)
+    bias, skip = dt[0, 0].clone(), x[0, 0].clone()
+    leaves = [part.requires_grad_() for part in (x, dt, bias, skip, A.T.contiguous(), B, C, state.mT.contiguous())]
+    torch.library.opcheck(torch.ops.zoology.selective_scan.default, [*leaves, True])
 
 
 def test_what_triton_does_not_take():
