@@ -19,7 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.linear_recurrence import triton_channels
-from kernels.linear_recurrence.triton_chunks import decays, dot, keep, outputs, put_rows, rows, shares, states, tiles
+from kernels.linear_recurrence.triton_chunks import (
+    LONGEST,
+    decays,
+    dot,
+    keep,
+    outputs,
+    put_rows,
+    rows,
+    shares,
+    states,
+    tiles,
+)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -136,16 +147,19 @@ def _backward_kernel(
     tl.store(dinitial_ptr + row * K * V + p_s, b_ds, mask=m_s)
 
 
+# In 16 bits, by the width that holds the keys: chunk; warps and stages of the loop forwards and backwards; as measured.
+LAUNCH = {16: (16, (1, 1), (1, 2)), 32: (32, (2, 2), (2, 1)), 64: (32, (4, 2), (4, 2)), 128: (32, (4, 1), (8, 1))}
+
+
 def launch(q: Tensor, v: Tensor, g: Tensor, *, backward: bool) -> tuple[tuple[int, int, int], dict]:
     """Grid and constants for q [B, T, H, K], v [B, T, H, V] and g [B, T, H] or [B, T, H, K]."""
     if g.ndim == 4:
         return tiles(q, v, triton_channels.LONGEST)
-    grid, constants = tiles(q, v)
-    # As measured: few warps wait little for each other, and more are needed where a state is wide.
-    warps = 2 if constants["OP"] == tl.bfloat16 and constants["BK"] == 16 else 4
-    if backward and constants["BK"] > 64:
-        warps = 8
-    return grid, constants | {"num_warps": warps}
+    width = max(16, triton.next_power_of_2(q.shape[-1]))
+    chunk, *settings = LAUNCH[width]
+    grid, constants = tiles(q, v, {True: chunk, False: LONGEST[False]})
+    warps, stages = settings[backward] if constants["OP"] == tl.bfloat16 else (8 if backward and width > 64 else 4, 1)
+    return grid, constants | {"num_warps": warps, "num_stages": stages}
 
 
 @torch.library.custom_op(
