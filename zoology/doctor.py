@@ -2,7 +2,7 @@
 
 One row for every architecture, precision and backend: whether it is used by `auto`, available, missing, refused, or
 failed its parity check, with its errors against the float64 reference. Exits with 1 if a backend failed that `auto`
-would have used.
+would have used. Ctrl-C or SIGTERM end it early, with what is known by then and exit code 130.
 
 The first time on a machine nearly all of its time goes into compiling the candidates that libraries tune their kernels
 over, on all cores; Triton keeps them, and what it chose, for training as well.
@@ -14,10 +14,11 @@ import faulthandler
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -33,8 +34,11 @@ from architectures import backends, parity
 from architectures.mixer import SequenceMixer
 from zoology.engines.isolated import Died, run_isolated
 
-Status = Literal["used", "available", "missing", "refused", "failed"]
+Status = Literal["used", "available", "missing", "refused", "failed", "untried"]
 STYLES = {"used": "bold green", "available": "green", "missing": "yellow", "refused": "dim", "failed": "bold red"}
+STYLES |= {"untried": "yellow"}
+STOPPED = 130
+"""Exit code of an examination that was ended early."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 CASE_SECONDS = 1800.0
 """After this time a backend hangs: the slowest compiles hundreds of candidates first, many minutes of one core."""
@@ -91,6 +95,11 @@ class Report(NamedTuple):
         """Backends that `auto` would use if they were right."""
         return [row for row in self.rows if row.status == "failed"]
 
+    @property
+    def untried(self) -> list[Row]:
+        """Backends that were left when the examination was stopped."""
+        return [row for row in self.rows if row.status == "untried"]
+
 
 def examine(
     names: Sequence[str],
@@ -108,6 +117,7 @@ def examine(
     With `jobs` above 1 each is tried in one of as many worker processes, which register the architectures of `files`:
     a backend that kills its process, leaves the GPU unusable or hangs has failed, and the others never notice.
     `on_tried` is called with the row of a backend, how many have been tried, and how many there are.
+    A KeyboardInterrupt ends it with the rows there are; the others are "untried".
     """
     cases = []
     for name in names:
@@ -115,10 +125,11 @@ def examine(
             listed = architectures.create(name, d_model=d_model).backends
         cases += [Case(name, dtype, backend, str(device), d_model, seq_len) for dtype in dtypes for backend in listed]
     found: dict[Case, Tried] = {}
-    for case, tried in _try_all(cases, jobs, files):
-        found[case] = tried
-        on_tried(tried.row, len(found), len(cases))
-    rows = _judged(found[case] for case in cases)
+    with closing(_try_all(cases, jobs, files)) as tries, suppress(KeyboardInterrupt):
+        for case, tried in tries:
+            found[case] = tried
+            on_tried(tried.row, len(found), len(cases))
+    rows = _judged(found.get(case) or Tried(_row(case, "untried"), None) for case in cases)
     absent = {row.backend: row for row in rows if row.status == "missing"}
     advice = []
     for backend, row in absent.items():
@@ -146,9 +157,7 @@ def _try_all(cases: list[Case], jobs: int, files: Sequence[Path]) -> Iterator[tu
     for index, answer in calls:
         case = order[index]
         if isinstance(answer, Died):
-            answer = Tried(
-                Row(case.architecture, _short(case.dtype), case.backend, "failed", reason=answer.reason), False
-            )
+            answer = Tried(_row(case, "failed")._replace(reason=answer.reason), False)
         yield case, answer
 
 
@@ -167,7 +176,7 @@ def try_backend(case: Case) -> Tried:
     """What became of one backend, tried as `auto` would run it, or as one that is named where `auto` leaves it out."""
     device = torch.device(case.device)
     mixer = _mixer(case.architecture, case.d_model, device)
-    row = Row(case.architecture, _short(case.dtype), case.backend, "available")
+    row = _row(case, "available")
     # `auto` may leave to others what a backend can do.
     passed_over = backends.refusal(mixer, case.backend, device, case.dtype, case.seq_len)
     reason = passed_over
@@ -186,6 +195,10 @@ def try_backend(case: Case) -> Tried:
     return Tried(row, passed, passed_over is None)
 
 
+def _row(case: Case, status: Status) -> Row:
+    return Row(case.architecture, _short(case.dtype), case.backend, status)
+
+
 def _mixer(name: str, d_model: int, device: torch.device) -> SequenceMixer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -200,6 +213,8 @@ def _judged(found: Iterable[Tried]) -> list[Row]:
         wanted = asked and group not in taken
         if passed is None:
             status = row.status
+            if wanted and status == "untried":
+                taken.add(group)  # what `auto` would use is not known
         elif not passed:
             # What nobody asks for costs nobody anything when it fails, but it is still no backend to name.
             status = "failed" if wanted else "refused"
@@ -290,6 +305,8 @@ def render(report: Report, console: Console) -> None:
     for row in report.failed:
         line = f"FAILED {row.architecture} {row.dtype} {row.backend}: {row.reason}"
         console.print(line, style="bold red", markup=False, soft_wrap=True)
+    if report.untried:
+        console.print(f"Stopped before {len(report.untried)} of {len(report.rows)} were tried.", style="bold yellow")
 
 
 def _figure(error: float | None, allowed: float | None) -> str:
@@ -341,6 +358,18 @@ def _progress() -> Iterator[Callable[[Row, int, int], None]]:
         yield on_tried
 
 
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
@@ -370,7 +399,7 @@ def doctor(
             raise ValueError(f"--jobs {jobs}: must be at least 1")
         if seq_len < 2:
             raise ValueError(f"--seq-len {seq_len}: must be at least 2")
-        with _progress() as on_tried:
+        with _sigterm_like_ctrl_c(), _progress() as on_tried:
             report = examine(
                 names,
                 choose_device(device),
@@ -386,12 +415,12 @@ def doctor(
         raise typer.Exit(2) from None
     if as_json:
         rows = [row._asdict() for row in report.rows]
-        print(json.dumps({**report._asdict(), "rows": rows, "passed": not report.failed}, indent=1))
+        print(json.dumps({**report._asdict(), "rows": rows, "passed": not (report.failed or report.untried)}, indent=1))
     else:
         # A table that is cut off at 80 columns, as of a log file, says nothing.
         console = Console()
         render(report, console if console.is_terminal else Console(width=160))
-    raise typer.Exit(1 if report.failed else 0)
+    raise typer.Exit(1 if report.failed else STOPPED if report.untried else 0)
 
 
 def main() -> None:

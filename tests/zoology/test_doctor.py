@@ -1,6 +1,10 @@
 """The doctor's table: what auto uses, what is missing, refused or wrong, and the exit code."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -202,6 +206,29 @@ def test_a_backend_that_kills_its_process_has_failed_and_the_others_never_notice
     assert [line.partition("]")[0] for line in result.stderr.splitlines() if line.startswith("[")] == [
         f"[{done}/5" for done in range(1, 6)
     ]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_stopped_early_it_tells_what_it_knows(tmp_path, jobs):
+    """What auto would use is not known where the faster backend was not tried."""
+    path = tmp_path / "endless.py"
+    path.write_text(DEADLY.replace("os.abort()", "import time; time.sleep(600)"))
+    files = ["--architectures", str(path), "--only", "base_conv,mortal", "--dtypes", "float32"]
+    case = ["--device", "cpu", "--d-model", "8", "--seq-len", "20", "--jobs", str(jobs)]
+    command = [sys.executable, "-m", "zoology.doctor", "--json", *files, *case]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    tried = 1 if jobs == 1 else 2  # alone it does not get past the endless one
+    for _ in range(tried):
+        assert started.stderr.readline().startswith("[")
+    time.sleep(0.5)
+    started.send_signal(signal.SIGTERM)
+    told = json.loads(started.communicate(timeout=60)[0])
+    assert started.returncode == 130
+    assert told["passed"] is False
+    found = {(row["architecture"], row["backend"]): row["status"] for row in told["rows"]}
+    assert found["base_conv", "reference"] == "used"
+    assert found["mortal", "deadly"] == "untried"
+    assert found["mortal", "reference"] == ("untried" if jobs == 1 else "available")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -33,16 +34,17 @@ def run_isolated(
     """Yield (index of the call, what `function(*call)` returned, or Died), in the order in which they end.
 
     `jobs` processes stay for many calls, each started by `initializer(*initargs)`. One is replaced when it died, took
-    more than `timeout` seconds for a call, or left its GPU unusable. What a call raises is raised here.
+    more than `timeout` seconds for a call, or left its GPU unusable. What a call raises is raised here. Whoever stops
+    asking early ends all processes and what they are in the middle of.
     """
     todo: queue.SimpleQueue = queue.SimpleQueue()
     done: queue.SimpleQueue = queue.SimpleQueue()
     for numbered in enumerate(calls):
         todo.put(numbered)
     stopping = threading.Event()
+    processes = [_Process(initializer, initargs) for _ in range(min(jobs, len(calls)))]
 
-    def work() -> None:
-        process = _Process(initializer, initargs)
+    def work(process: _Process) -> None:
         while not stopping.is_set():
             try:
                 index, call = todo.get_nowait()
@@ -54,7 +56,7 @@ def run_isolated(
                 done.put((index, None, error))
         process.close()
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(jobs, len(calls)))]
+    threads = [threading.Thread(target=work, args=(process,), daemon=True) for process in processes]
     for thread in threads:
         thread.start()
     try:
@@ -63,8 +65,11 @@ def run_isolated(
             if error is not None:
                 raise error
             yield index, result
-    finally:
+    except BaseException:  # a generator that is closed included
         stopping.set()
+        for process in processes:
+            process.kill()
+        raise
     for thread in threads:
         thread.join()
 
@@ -75,12 +80,16 @@ class _Process:
     def __init__(self, initializer: Callable | None, initargs: tuple):
         self.initializer, self.initargs = initializer, initargs
         self.pool: ProcessPoolExecutor | None = None
+        self.pid: int | None = None
+        self.killed = False
 
     def call(self, function: Callable, arguments: tuple, timeout: float | None) -> Any:
         try:
             if self.pool is None:
                 self.pool = ProcessPoolExecutor(1, get_context("spawn"), _start, (self.initializer, self.initargs))
                 self.pid = self.pool.submit(os.getpid).result()
+            if self.killed:
+                self.kill()
             future = self.pool.submit(_call, function, arguments)
             if not wait([future], timeout).done:
                 os.kill(self.pid, signal.SIGKILL)
@@ -94,10 +103,17 @@ class _Process:
             self.close()
         return result
 
+    def kill(self) -> None:
+        """End the process, or the one that is just being started once it is there."""
+        self.killed = True
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
     def close(self) -> None:
         if self.pool is not None:
             self.pool.shutdown()
-            self.pool = None
+            self.pool = self.pid = None
 
 
 def _start(initializer: Callable | None, initargs: tuple) -> None:
