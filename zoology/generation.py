@@ -553,12 +553,20 @@ class Decoder:
         if generator is not None:
             graph.register_generator_state(generator)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        drawn_from = [torch.cuda.default_generators[self.device.index]]
+        drawn_from += [] if generator is None else [generator]
+        before = [one.get_state() for one in drawn_from]
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 result = run()
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             log.warning("generation runs without CUDA graphs: %s: %s", type(error).__name__, reason)
+            # A recording that fails leaves them believing that it goes on, and they refuse to draw.
+            for one, state in zip(drawn_from, before):
+                fresh = torch.Generator(one.device)
+                fresh.set_state(state)
+                one.graphsafe_set_state(fresh)
             return None
         return graph, result
 

@@ -480,3 +480,11 @@ def test_what_waits_for_the_device_runs_without_graphs_and_says_so(own_mixers, c
     assert "generation runs without CUDA graphs" in caplog.text
     assert not decoder.graphs
     assert not decoder.record_prompts
+    # Who draws random numbers on the device still can, and as before.
+    drawn, texts = [], []
+    for _ in range(2):
+        torch.manual_seed(3)
+        drawn.append(torch.rand(4, device="cuda"))
+        texts.append(Decoder(model, 2, 9, compiled=False).decode(tokens[:, 0], 8, temperature=1.0, seed=3))
+    assert torch.equal(*drawn)
+    assert torch.equal(*texts)
