@@ -123,11 +123,12 @@ def cross_entropy(draw: Draw) -> Iterator[Tensor]:
 
 
 def scan(draw: Draw) -> Iterator[Tensor]:
-    """Ragged, from a state on, and even; states of an odd and of a wide width."""
+    """Ragged, from a state on; and even, with a bias and a skip; states of an odd and of a wide width."""
     for length, d, n, resumed in ((37, 70, 3, True), (64, 64, 24, False)):
         x, dt, a = draw(2, length, d, **WITH_GRADIENT), draw(2, length, d).abs(), -draw(d, n).abs()
         b, c = draw(2, length, n, **WITH_GRADIENT), draw(2, length, n, **WITH_GRADIENT)
-        y, last = selective_scan(x, dt, a, b, c, initial_state=draw(2, d, n) if resumed else None, backend="triton")
+        rest = {"initial_state": draw(2, d, n)} if resumed else {"dt_bias": draw(d), "skip": draw(d)}
+        y, last = selective_scan(x, dt, a, b, c, **rest, backend="triton")
         yield from differentiate(y, *([last] if resumed else []), inputs=[x, b, c])
 
 
