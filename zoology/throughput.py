@@ -222,14 +222,14 @@ class Bench:
         record |= {"parameters": self.model.num_parameters()}
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        try:
-            with locked(self.effort.lock, alone=True), torch.no_grad():
+        with locked(self.effort.lock, alone=True), torch.no_grad():
+            try:
                 if not self.ceilings:
                     self.ceilings.update(measure_ceilings(self.device))
                 measured = self._measured(point, self._get_ready(point))
-        except (DoesNotFit, torch.cuda.OutOfMemoryError) as error:
-            measured = {"out_of_memory": _memory_error(error)}
-        free_memory(self.device)
+            except (DoesNotFit, torch.cuda.OutOfMemoryError) as error:
+                measured = {"out_of_memory": _memory_error(error)}
+            free_memory(self.device)  # before the next one measures, which that would disturb
         return record | measured
 
     def _get_ready(self, point: Point) -> Ready:
