@@ -566,7 +566,7 @@ class Decoder:
             for one, state in zip(drawn_from, before):
                 fresh = torch.Generator(one.device)
                 fresh.set_state(state)
-                one.graphsafe_set_state(fresh)
+                one.graphsafe_set_state(fresh.graphsafe_get_state())
             return None
         return graph, result
 
