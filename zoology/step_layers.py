@@ -157,7 +157,8 @@ def rest_of(y: Tensor, last: LastLinear | None) -> Rest:
     if last is None:
         return Rest(y[None])
     (rest, stands_for_it), last.left = last.left, None
-    assert y is stands_for_it, "a mixer's step ends otherwise than it did when it was looked at"
+    if y is not stands_for_it:
+        raise RuntimeError("a mixer's step ends otherwise than it did when it was looked at")
     return rest
 
 

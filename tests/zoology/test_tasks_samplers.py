@@ -1,6 +1,7 @@
 """The samplers: their distributions, and that their bytes stay."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -133,3 +134,22 @@ def test_partial_race_is_the_head_of_the_full_race():
 def test_power_law_handicaps():
     for a in (0.01, 1.0, 3.0):
         assert power_law_handicaps(50, a) == pytest.approx(np.arange(1, 51) ** (1 - a), rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda s: s.integers(5, 5, 2), "low=5, high=5: allowed are 0 <= low < high <= 2^32"),
+        (lambda s: s.integers(-1, 5, 2), "low=-1, high=5: allowed"),
+        (lambda s: s.integers(0, 2**32 + 1, 2), "high=4294967297: allowed"),
+        (lambda s: s.bernoulli(1.5, 2), "probability=1.5: must be in [0, 1]"),
+        (lambda s: s.bernoulli(float("nan"), 2), "probability=nan: must be"),
+        (lambda s: s.permutation(3, 2, 4), "k=4 without replacement out of 3: must be 0 to 3"),
+        (lambda s: s.distinct(10, 13, 2, 4), "k=4 without replacement out of 3"),
+        (lambda s: s.race(np.ones(3), 2, 4), "k=4 without replacement out of 3"),
+        (lambda s: s.pick(np.array([[True, False], [False, False]])), "mask: row 1 of 2 has no True entry"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(draw, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        draw(Stream(bytes(16)))

@@ -57,27 +57,35 @@ class Stream:
         return raw.astype("<u8", copy=False).view("<u4")[:count].reshape(n, *shape)
 
     def integers(self, low: int, high: int, n: int, *shape: int) -> np.ndarray:
-        """Uniform integers in [low, high), [n, *shape] uint32 (relative bias under (high - low) / 2^32)."""
-        assert low < high <= _WORD, f"an empty or too long range [{low}, {high})"
+        """Uniform integers in [low, high), [n, *shape] uint32 (relative bias under (high - low) / 2^32).
+
+        Raises ValueError unless 0 <= low < high <= 2^32.
+        """
+        if not 0 <= low < high <= _WORD:
+            raise ValueError(f"low={low}, high={high}: allowed are 0 <= low < high <= 2^32")
         return _scale(self.words(n, *shape), high - low) + np.uint32(low)
 
     def bernoulli(self, probability: float, n: int, *shape: int) -> np.ndarray:
-        """True with the given probability (to 2^-32), [n, *shape] bool."""
+        """True with the given probability (to 2^-32), [n, *shape] bool. Raises ValueError unless it is in [0, 1]."""
+        if not 0 <= probability <= 1:
+            raise ValueError(f"probability={probability}: must be in [0, 1]")
         return self.words(n, *shape).astype(np.uint64) < np.uint64(int(Decimal(probability) * _WORD))
 
     def permutation(self, size: int, n: int, k: int | None = None) -> np.ndarray:
-        """The first k entries of a uniform permutation of range(size), [n, k] int64."""
+        """The first k (default: all) of a uniform permutation of range(size), [n, k] int64; ValueError if k > size."""
+        k = _at_most(size, size if k is None else k)
         keys = self.words(n, size).astype(np.uint64) << np.uint64(32)
-        return _order(keys, size if k is None else k)
+        return _order(keys, k)
 
     def distinct(self, low: int, high: int, n: int, k: int) -> np.ndarray:
         """k different integers of [low, high) in random order, [n, k] int64: drawn without replacement.
 
         Duplicates are drawn again until none is left. Only equality decides what is drawn again, so the
-        outcome is symmetric in the integers: every ordered choice of k of them is equally likely.
+        outcome is symmetric in the integers: every ordered choice of k of them is equally likely. Raises ValueError
+        for a k above their number.
         """
         size = high - low
-        assert 0 <= k <= size, f"{k} different integers asked of [{low}, {high})"
+        k = _at_most(size, k)
         if 4 * k > size:  # redrawing would take long
             return self.permutation(size, n, k) + low
         out = _scale(self.words(n, k), size)
@@ -96,20 +104,27 @@ class Stream:
         return (self.words(len(size)).astype(np.int64) * size) >> 32
 
     def pick(self, mask: np.ndarray) -> np.ndarray:
-        """The column of a True entry of each row of `mask` [n, k], each as likely, [n] int64."""
-        assert mask.any(1).all(), "a row without a choice"
+        """The column of a True entry of each row of `mask` [n, k], each as likely, [n] int64; ValueError if none."""
+        if len(empty := np.flatnonzero(~mask.any(1))):
+            raise ValueError(f"mask: row {empty[0]} of {len(mask)} has no True entry to pick")
         return np.where(mask, self.words(*mask.shape).astype(np.int64), _WORD).argmin(1)
 
     def race(self, handicaps: np.ndarray, n: int, k: int) -> np.ndarray:
         """k different indices of `handicaps`, drawn in turn with weights 1 / handicap, [n, k] int64.
 
         The order in which exponential clocks of those rates ring is the order of successive weighted draws
-        without replacement (Plackett-Luce).
+        without replacement (Plackett-Luce). Raises ValueError for a k above their number.
         """
         size = len(handicaps)
-        assert 0 <= k <= size, f"{k} different indices asked of {size}"
+        k = _at_most(size, k)
         times = _exponential(self.words(n, size)) * handicaps
         return _order(times.view(np.uint64), k)  # positive floats sort like their bits
+
+
+def _at_most(size: int, k: int) -> int:
+    if not 0 <= k <= size:
+        raise ValueError(f"k={k} without replacement out of {size}: must be 0 to {size}")
+    return k
 
 
 def first_occurrence(codes: np.ndarray) -> np.ndarray:
