@@ -55,9 +55,10 @@ def laptop_sets() -> list[RunConfig]:
     """Sets of 2 and 48 with the long one first, read once by one model, twice by another; four seeds.
 
     The causal model is that of `jrt_set_disjointness.py` with a third pair of layers, which made it learn sooner: what
-    it keeps of 48 tokens is one vector of 24 numbers a layer. To tell the shared token while the long set is read again, it has to keep the short one alone; from the long
-    set first it learns to blur that instead. What it needs it learns from the short set first, so every model also
-    learns that, read once. The same examples in the same order, whatever the number of passes.
+    it keeps of 48 tokens is one vector of 24 numbers a layer. To tell the shared token while the long set is read
+    again, it has to keep the short one alone; from the long set first it learns to blur that instead. What it needs it
+    learns from the short set first, so every model also learns that, read once. The same examples in the same order,
+    whatever the number of passes.
     """
     numbers = {4: 41_000, 8: 41_000, 16: 61_000}
     start = slices([(sets(112, 2, long), number) for long, number in (numbers | {48: 61_000}).items()], 1)
