@@ -35,8 +35,14 @@ from architectures.mixer import SequenceMixer
 from zoology.engines.isolated import Died, run_isolated
 
 Status = Literal["used", "available", "missing", "refused", "failed", "untried"]
-STYLES = {"used": "bold green", "available": "green", "missing": "yellow", "refused": "dim", "failed": "bold red"}
-STYLES |= {"untried": "yellow"}
+STYLES = {
+    "used": "bold green",
+    "available": "green",
+    "missing": "yellow",
+    "refused": "dim",
+    "failed": "bold red",
+    "untried": "yellow",
+}
 STOPPED = 130
 """Exit code of an examination that was ended early."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
