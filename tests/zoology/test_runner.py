@@ -538,6 +538,8 @@ def test_the_scale_says_why_and_how_to_take_another():
     assert "there is a GPU" in why
     assert "--scale smoke or --scale laptop" in why
     assert plan.choose_scale("smoke", has_gpu=True)[0] == "smoke"
+    assert "made for a GPU" in plan.choose_scale("paper", has_gpu=False)[1]
+    assert "made for a GPU" not in plan.choose_scale("paper", has_gpu=True)[1]
 
 
 @pytest.mark.parametrize(
@@ -561,6 +563,17 @@ def test_devices(monkeypatch):
     assert plan.resolve_devices("cpu") == ["cpu"]
     with pytest.raises(PlanError, match="--device cuda:7: this machine has auto, cpu, cuda:0, cuda:1"):
         plan.resolve_devices("cuda:7")
+
+
+def test_gpus_that_are_asked_for_and_not_seen_are_no_silent_cpu(monkeypatch):
+    monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: False)
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert plan.resolve_devices("auto") == ["cpu"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(PlanError, match=r"CUDA_VISIBLE_DEVICES=1: torch .* sees none of these GPUs"):
+        plan.resolve_devices("auto")
+    assert plan.resolve_devices("cpu") == ["cpu"]
 
 
 def test_run_ids_follow_every_part_of_the_config(make_run):

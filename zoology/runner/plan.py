@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import traceback
 from collections import Counter
@@ -54,7 +55,8 @@ def choose_scale(requested: str | None, has_gpu: bool) -> tuple[str, str]:
     """The scale of a sweep, and one line that says why it was taken and how to take another."""
     others = " or ".join(f"--scale {name}" for name in SCALES)
     if requested is not None:
-        return requested, f"scale {requested}: as asked for"
+        slow = "; it is made for a GPU, and this takes the CPU" if requested == "paper" and not has_gpu else ""
+        return requested, f"scale {requested}: as asked for{slow}"
     scale, why = ("paper", "there is a GPU") if has_gpu else ("laptop", "there is no GPU")
     return scale, f"scale {scale}: the default because {why}; take another with {others}"
 
@@ -270,9 +272,19 @@ def parse_duration(text: str | None, option: str) -> float | None:
 
 
 def resolve_devices(text: str) -> list[str]:
-    """Devices from "auto", "cpu", "cuda" (all of them), "cuda:0,cuda:2" or "mps". Raises PlanError."""
+    """Devices from "auto", "cpu", "cuda" (all of them), "cuda:0,cuda:2" or "mps".
+
+    Raises PlanError for what this machine lacks, and for "auto" where CUDA_VISIBLE_DEVICES names GPUs of which torch
+    sees none: falling back to the CPU would be found out hours later.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text == "auto":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if not count and visible.strip() not in ("", "-1"):
+            raise PlanError(
+                f"CUDA_VISIBLE_DEVICES={visible}: torch {torch.__version__} sees none of these GPUs; "
+                "correct the variable or unset it, or take --device cpu"
+            )
         return [f"cuda:{index}" for index in range(count)] or ["cpu"]
     if text == "cuda" and count:
         return [f"cuda:{index}" for index in range(count)]
