@@ -12,6 +12,7 @@ from architectures import mamba_ssm
 from architectures.layers import ShortConvolution, merge_heads, split_heads, step_size_bias, whole_sequences_only
 from architectures.mixer import SequenceMixer, default_num_heads, require_at_least, require_positive
 from architectures.registry import register
+from kernels.gated_norm import gated_norm
 from kernels.linear_recurrence import MAX_TRITON_WIDTH, linear_recurrence, linear_recurrence_step
 
 
@@ -116,15 +117,18 @@ class Mamba2(SequenceMixer):
             xbc, tail = self.conv.prefill_by_kernel(xbc, state.conv, empty=empty)
         else:
             xbc, tail = (self.conv.step if u.ndim == 2 else self.conv.prefill)(xbc, state.conv)
-        x, b, c = xbc.split(self.widths, dim=-1)
-        x = split_heads(x, self.num_heads)
+        inner, b, c = xbc.split(self.widths, dim=-1)
+        x = split_heads(inner, self.num_heads)
         b, c = split_heads(b, self.num_groups), split_heads(c, self.num_groups)
+        kernel = "triton" if backend == "triton" and u.ndim == 3 else "reference"
         if backend == "mamba-ssm":
             y, ssm = mamba_ssm.chunk_scan(x, dt, -self.A_log.float().exp(), b, c, self.dt_bias, state.ssm)
         else:
-            y, ssm = self._mix(x, dt, b, c, state.ssm, "triton" if backend == "triton" else "reference")
-        y = merge_heads(y + self.D.to(x.dtype).unsqueeze(-1) * x)
-        return self.out_proj(self._norm(y * F.silu(z))), Mamba2State(ssm, tail)
+            y, ssm = self._mix(x, dt, b, c, state.ssm, kernel)
+        skip = self.D.repeat_interleave(self.head_dim)
+        norm = {"num_groups": self.num_groups, "eps": self.norm_eps, "backend": kernel}
+        y = gated_norm(merge_heads(y), z, self.norm_weight, x=inner, skip=skip, **norm)
+        return self.out_proj(y), Mamba2State(ssm, tail)
 
     def _mix(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, ssm: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
         """x [..., H, P], dt [..., H], b c [..., G, N], ssm [B, H, N, P] -> y [..., H, P], ssm."""
@@ -135,9 +139,3 @@ class Mamba2(SequenceMixer):
         if x.ndim == 3:
             return linear_recurrence_step(q, k, v, g, ssm)
         return linear_recurrence(q, k, v, g, initial_state=ssm, output_final_state=True, backend=kernel)
-
-    def _norm(self, y: Tensor) -> Tensor:
-        """RMSNorm over each of the G groups of channels."""
-        grouped = y.unflatten(-1, (self.num_groups, -1))
-        weight = self.norm_weight.to(y.dtype)
-        return F.rms_norm(grouped, grouped.shape[-1:], eps=self.norm_eps).flatten(-2) * weight

@@ -11,6 +11,7 @@ from kernels.cached_attention import cached_attention
 from kernels.convolution_step import convolution_step
 from kernels.delta_rule import delta_rule, delta_rule_step, dplr_delta_rule, dplr_delta_rule_step
 from kernels.fft_conv import fft_conv, fft_conv_step
+from kernels.gated_norm import gated_norm
 from kernels.linear_cross_entropy import linear_argmax, linear_cross_entropy
 from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
 from kernels.prefix_linear_attention import prefix_linear_attention
@@ -30,6 +31,7 @@ __all__ = [
     "dplr_delta_rule_step",
     "fft_conv",
     "fft_conv_step",
+    "gated_norm",
     "linear_argmax",
     "linear_cross_entropy",
     "linear_recurrence",

@@ -22,6 +22,7 @@ from kernels import (
     convolution_step,
     delta_rule,
     dplr_delta_rule,
+    gated_norm,
     linear_cross_entropy,
     linear_recurrence,
     prefix_linear_attention,
@@ -91,6 +92,15 @@ def one_convolution_step(draw: Draw) -> Iterator[Tensor]:
 def addition_and_norm(draw: Draw) -> Iterator[Tensor]:
     for d, parts in ((70, 1), (64, 4)):
         yield from add_norm(draw(3, d), draw(parts, 3, d), draw(d), bias=draw(d), backend="triton")
+
+
+def norm_behind_a_gate(draw: Draw) -> Iterator[Tensor]:
+    """Ragged, in groups, more rows than programs; and even, with a skip."""
+    for rows, d, groups, skips in ((2100, 70, 2, False), (64, 64, 1, True)):
+        given = [draw(*shape, **WITH_GRADIENT) for shape in ((rows, d), (rows, d), (d,))]
+        more = [draw(rows, d, **WITH_GRADIENT), draw(d, **WITH_GRADIENT)] if skips else [None, None]
+        o = gated_norm(*given, x=more[0], skip=more[1], num_groups=groups, backend="triton")
+        yield from differentiate(o, inputs=[part for part in (*given, *more) if part is not None])
 
 
 def joining_a_cache(draw: Draw) -> Iterator[Tensor]:
@@ -166,6 +176,7 @@ OPS: dict[str, Callable[[Draw], Iterator[Tensor]]] = {
     "short_convolution": convolution,
     "convolution_step": one_convolution_step,
     "add_norm": addition_and_norm,
+    "gated_norm": norm_behind_a_gate,
     "cache_update": joining_a_cache,
     "cached_attention": attention,
     "linear_cross_entropy": cross_entropy,
