@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import kernels
 from architectures.mixer import State, clone_state
-from zoology.model import Block, ChannelMixer
+from zoology.model import Block, ChannelMixer, activate
 
 NUM_PARTS = (2, 4, 8)
 WORTH = 0.95  # of the time of an undivided product: what parts must stay below that a norm adds up,
@@ -130,8 +130,14 @@ class StepLinear(StandIn):
     def forward(self, x: Tensor) -> Tensor:
         if self.num_parts == 1:
             return F.linear(x, self.weight, self.bias)
-        parts = product_in_parts(x.flatten(0, -2), self.weight, self.num_parts)
-        return total(parts, self.bias).to(x.dtype).unflatten(0, x.shape[:-1])
+        return self.wide(x.flatten(0, -2)).to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def wide(self, x: Tensor) -> Tensor:
+        """[B, D] -> [B, N] in float32 at least, the bias added there: by the kernel of what follows, if compiled."""
+        whole = self.num_parts == 1
+        return total(
+            F.linear(x, self.weight)[None] if whole else product_in_parts(x, self.weight, self.num_parts), self.bias
+        )
 
 
 class LastLinear(StandIn):
@@ -150,6 +156,21 @@ class LastLinear(StandIn):
             rest = Rest(product_in_parts(x, self.weight, self.num_parts), self.bias)
         self.left = rest, rest.parts[0]
         return self.left[1]
+
+
+class StepChannelMixer(nn.Module):
+    """A `ChannelMixer` [B, D] whose last layer leaves its output as `Rest`.
+
+    The bias of the first layer is left to the activation, which has time: the product takes longer with it.
+    """
+
+    def __init__(self, mixer: ChannelMixer, rows: int):
+        super().__init__()
+        self.fc1, self.fc2 = StepLinear(mixer.fc1, rows), LastLinear(mixer.fc2, rows)
+        self.gated = mixer.gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(activate(self.fc1.wide(x), self.gated).to(x.dtype))
 
 
 def rest_of(y: Tensor, last: LastLinear | None) -> Rest:
@@ -218,8 +239,8 @@ class StepBlock(nn.Module):
         self.mixer = with_layers(block.mixer, replaced, rows)
         self.channel_mixer, self.channel_last = block.channel_mixer, None
         if type(block.channel_mixer) is ChannelMixer:
-            self.channel_last = LastLinear(block.channel_mixer.fc2, rows)
-            self.channel_mixer = with_layers(block.channel_mixer, {block.channel_mixer.fc2: self.channel_last}, rows)
+            self.channel_mixer = StepChannelMixer(block.channel_mixer, rows)
+            self.channel_last = self.channel_mixer.fc2
 
     def mix(self, x: Tensor, rest: Rest, state: State) -> tuple[Tensor, Rest, State]:
         """The input x + rest -> itself, the mixer's output, and its new state."""
