@@ -23,6 +23,7 @@ from kernels import (
     delta_rule,
     dplr_delta_rule,
     gated_norm,
+    linear_argmax,
     linear_cross_entropy,
     linear_recurrence,
     prefix_linear_attention,
@@ -130,6 +131,7 @@ def cross_entropy(draw: Draw) -> Iterator[Tensor]:
         yield from differentiate(
             linear_cross_entropy(hidden, weight, targets, backend=backend), inputs=[hidden, weight]
         )
+        yield linear_argmax(hidden, weight, backend=backend)
 
 
 def scan(draw: Draw) -> Iterator[Tensor]:

@@ -65,13 +65,23 @@ def linear_cross_entropy(
     return loss
 
 
-def linear_argmax(hidden: Tensor, weight: Tensor, *, chunk_size: int = 4096) -> Tensor:
-    """argmax_v (W h)_v [N], int64, of hidden [N, D] and weight [V, D] of one dtype; `chunk_size` rows at a time."""
+def linear_argmax(hidden: Tensor, weight: Tensor, *, chunk_size: int = 4096, backend: str = "auto") -> Tensor:
+    """argmax_v (W h)_v [N], int64, of hidden [N, D] and weight [V, D] of one floating dtype; the first of equal logits.
+
+    `backend` is "chunked" (`chunk_size` rows of logits at a time), "triton" (no logits in memory; D and float32 as for
+    `linear_cross_entropy`), or "auto": triton where it supports the input. Raises ValueError for what does not fit.
+    """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden is {hidden.dtype} {tuple(hidden.shape)}, weight {weight.dtype} {tuple(weight.shape)}; "
             "allowed: [N, D] and [V, D] of one dtype"
         )
+    refusal = triton_refusal(hidden)
+    triton_support.check_backend(backend, ("auto", "chunked", "triton"), refusal)
+    if backend == "triton" or (backend == "auto" and not refusal):
+        from kernels.linear_cross_entropy.triton_argmax import linear_argmax_triton
+
+        return linear_argmax_triton(hidden, weight)
     return linear_argmax_chunked(hidden, weight, chunk_size=chunk_size)
 
 

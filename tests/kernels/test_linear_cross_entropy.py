@@ -95,6 +95,31 @@ def test_argmax_is_argmax():
     assert torch.equal(linear_argmax(hidden, weight, chunk_size=7), (hidden @ weight.T).argmax(-1))
 
 
+def check_argmax(actual, hidden, weight, rounding):
+    """The index of a logit that exact arithmetic finds no smaller than the largest, but for rounding."""
+    logits = hidden.double() @ weight.double().T
+    sizes = hidden.double().abs() @ weight.double().abs().T
+    assert actual.dtype == torch.int64
+    picked = logits.gather(1, actual[:, None])[:, 0]
+    slack = rounding * sizes.gather(1, torch.stack([actual, logits.argmax(1)], 1)).sum(1)
+    assert (picked >= logits.max(1).values - slack).all()
+
+
+def tied(n, d, v):
+    """Logits that are small whole numbers, so that many are equal and none is rounded."""
+    generator = torch.Generator().manual_seed(v)
+    return [torch.randint(-1, 2, size, generator=generator).float() for size in ((n, d), (v, d))]
+
+
+def test_an_argmax_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"hidden is torch.float32 \(4, 8\), weight torch.float64 \(9, 8\)"):
+        linear_argmax(torch.zeros(4, 8), torch.zeros(9, 8).double())
+    with pytest.raises(ValueError, match="backend is 'reference'; allowed: auto, chunked, triton"):
+        linear_argmax(torch.zeros(4, 8), torch.zeros(9, 8), backend="reference")
+    with pytest.raises(ValueError, match="backend='triton' cannot run here"):
+        linear_argmax(torch.zeros(4, 8).double(), torch.zeros(9, 8).double(), backend="triton")
+
+
 def test_the_choice_of_a_backend_can_be_traced(monkeypatch):
     """On a GPU it asks for the precision of float32 products, which torch.compile cannot trace by itself."""
     monkeypatch.setattr(triton_support, "INTERPRETED", True)
@@ -151,12 +176,37 @@ actual = t.gradients(linear_cross_entropy(h, w, targets, backend="triton"), h, w
 assert all(x.dtype == torch.float32 for x in actual)
 errors = [t.error(one, other) for one, other in zip(actual, t.expected(hidden, weight, targets))]
 assert 1e-5 < max(errors) < 2**-10, errors
+# The largest logit.
+from kernels.linear_cross_entropy.triton_argmax import linear_argmax_triton
+for shape in t.SHAPES:
+    hidden, weight, _ = t.example(*shape, torch.float32)
+    t.check_argmax(t.linear_argmax(hidden, weight, backend="triton"), hidden, weight, 2**-10)
+    hidden, weight = t.tied(*shape)
+    assert torch.equal(linear_argmax_triton(hidden, weight, impl.Launch(32, 32, 4, 2)), (hidden @ weight.T).argmax(-1))
+lost = torch.full((3, 16), float("nan"))
+assert (linear_argmax_triton(lost, torch.ones(40, 16)) < 40).all()
 print("same")
 """
 
 
 def test_triton_kernels_interpreted(run_interpreted):
     run_interpreted(INTERPRETED)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*SHAPES, (1024, 128, 8192), (16384, 128, 8192), (300, 256, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_logit_on_the_device(dtype, shape):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        hidden, weight, _ = (x.cuda() for x in example(*shape, dtype))
+        check_argmax(linear_argmax(hidden, weight, backend="triton"), hidden, weight, 2**-10)
+        hidden, weight = (x.cuda() for x in tied(*shape))
+        actual = linear_argmax(hidden.to(dtype), weight.to(dtype), backend="triton")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(actual, (hidden.double() @ weight.double().T).argmax(-1))
 
 
 @pytest.mark.gpu
