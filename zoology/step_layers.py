@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import kernels
 from architectures.mixer import State, clone_state
-from zoology.model import Block, ChannelMixer, activate
+from zoology.model import Block, ChannelMixer
 
 NUM_PARTS = (2, 4, 8)
 WORTH = 0.95  # of the time of an undivided product: what parts must stay below that a norm adds up,
@@ -130,14 +130,13 @@ class StepLinear(StandIn):
     def forward(self, x: Tensor) -> Tensor:
         if self.num_parts == 1:
             return F.linear(x, self.weight, self.bias)
-        return self.wide(x.flatten(0, -2)).to(x.dtype).unflatten(0, x.shape[:-1])
+        return total(self.parts(x.flatten(0, -2)), self.bias).to(x.dtype).unflatten(0, x.shape[:-1])
 
-    def wide(self, x: Tensor) -> Tensor:
-        """[B, D] -> [B, N] in float32 at least, the bias added there: by the kernel of what follows, if compiled."""
-        whole = self.num_parts == 1
-        return total(
-            F.linear(x, self.weight)[None] if whole else product_in_parts(x, self.weight, self.num_parts), self.bias
-        )
+    def parts(self, x: Tensor) -> Tensor:
+        """[B, D] -> [S, B, N], which add up to the output without its bias."""
+        if self.num_parts == 1:
+            return F.linear(x, self.weight)[None]
+        return product_in_parts(x, self.weight, self.num_parts)
 
 
 class LastLinear(StandIn):
@@ -167,10 +166,10 @@ class StepChannelMixer(nn.Module):
     def __init__(self, mixer: ChannelMixer, rows: int):
         super().__init__()
         self.fc1, self.fc2 = StepLinear(mixer.fc1, rows), LastLinear(mixer.fc2, rows)
-        self.gated = mixer.gated
+        self.activation = "swiglu" if mixer.gated else "gelu"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(activate(self.fc1.wide(x), self.gated).to(x.dtype))
+        return self.fc2(kernels.biased_activation(self.fc1.parts(x), self.fc1.bias, activation=self.activation))
 
 
 def rest_of(y: Tensor, last: LastLinear | None) -> Rest:
