@@ -496,10 +496,11 @@ def _said(point: Point) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m zoology.compare DIR --to published [--json]`: print results beside the published ones."""
     import argparse
-    import os
     import sys
 
     from rich.console import Console
+
+    from zoology.printing import exit_code_of
 
     parser = argparse.ArgumentParser(prog="python -m zoology.compare", description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, help="results directory")
@@ -511,19 +512,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    try:
+
+    def write() -> None:
         if options.json:
             print(to_json(comparisons))
         else:
             console = Console() if sys.stdout.isatty() else Console(width=200)
             for comparison in comparisons:
                 show(comparison, console)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Who reads, such as `head`, has what it wants. Python flushes once more at its end, and would say so.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+
+    return exit_code_of(write)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pandas as pd
 
 from zoology import results
 from zoology.precision import PRECISIONS
+from zoology.printing import exit_code_of
 from zoology.runner.store import ResultsError
 
 HARDEST = 2
@@ -88,11 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("usage: python -m zoology.precision_table DIR", file=sys.stderr)
         return 2
     try:
-        print(markdown(results.comparable(results.load(Path(arguments[0])))))
+        table = markdown(results.comparable(results.load(Path(arguments[0]))))
     except ResultsError as error:
         print(f"zoology.precision_table: {error}", file=sys.stderr)
         return 2
-    return 0
+    return exit_code_of(lambda: print(table))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Precisions side by side: the experiment's runs, and the table from their records."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,11 @@ def test_the_table_is_printed_from_a_directory(records, write_records, capsys, t
     assert precision_table.main([str(tmp_path / "absent")]) == 2
     assert "absent: No such file" in capsys.readouterr().err
     assert precision_table.main([]) == 2
+
+
+def test_a_reader_that_stops_early_is_no_error(records, write_records):
+    command = [sys.executable, "-m", "zoology.precision_table", str(write_records(records))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1

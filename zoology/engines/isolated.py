@@ -92,7 +92,7 @@ class _Process:
                 self.kill()
             future = self.pool.submit(_call, function, arguments)
             if not wait([future], timeout).done:
-                os.kill(self.pid, signal.SIGKILL)
+                self._end()
                 self.close()
                 return Died(f"no answer within {timeout:g} s")
             result, usable = future.result()
@@ -106,9 +106,12 @@ class _Process:
     def kill(self) -> None:
         """End the process, or the one that is just being started once it is there."""
         self.killed = True
-        if self.pid is not None:
+        self._end()
+
+    def _end(self) -> None:
+        if (pid := self.pid) is not None:  # another thread may take it away
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
         if self.pool is not None:
