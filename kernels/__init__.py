@@ -15,6 +15,7 @@ from kernels.fft_conv import fft_conv, fft_conv_step
 from kernels.gated_norm import gated_norm
 from kernels.linear_cross_entropy import linear_argmax, linear_cross_entropy
 from kernels.linear_recurrence import linear_recurrence, linear_recurrence_step
+from kernels.next_token import next_token
 from kernels.prefix_linear_attention import prefix_linear_attention
 from kernels.selective_scan import selective_scan, selective_scan_step
 from kernels.short_convolution import short_convolution
@@ -38,6 +39,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_recurrence",
     "linear_recurrence_step",
+    "next_token",
     "prefix_linear_attention",
     "selective_scan",
     "selective_scan_step",

@@ -27,6 +27,7 @@ from kernels import (
     linear_argmax,
     linear_cross_entropy,
     linear_recurrence,
+    next_token,
     prefix_linear_attention,
     selective_scan,
     short_convolution,
@@ -99,6 +100,16 @@ def addition_and_norm(draw: Draw) -> Iterator[Tensor]:
 def bias_and_activation(draw: Draw) -> Iterator[Tensor]:
     for n, parts, activation in ((1030, 1, "gelu"), (70, 2, "swiglu")):
         yield biased_activation(draw(parts, 3, n), draw(n), activation=activation, backend="triton")
+
+
+def choice_of_tokens(draw: Draw) -> Iterator[Tensor]:
+    for rows, n in ((3, 3000), (1100, 70)):
+        scores = draw(rows, n)
+        token, made, count = (
+            torch.zeros(*shape, dtype=torch.int64, device=scores.device) for shape in ([rows], [2, rows], [1])
+        )
+        next_token(scores, token, made, count + 1, backend="triton")
+        yield made[1].float()
 
 
 def norm_behind_a_gate(draw: Draw) -> Iterator[Tensor]:
@@ -186,6 +197,7 @@ OPS: dict[str, Callable[[Draw], Iterator[Tensor]]] = {
     "add_norm": addition_and_norm,
     "biased_activation": bias_and_activation,
     "gated_norm": norm_behind_a_gate,
+    "next_token": choice_of_tokens,
     "cache_update": joining_a_cache,
     "cached_attention": attention,
     "linear_cross_entropy": cross_entropy,

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import kernels
 from architectures.mixer import State, check_prefix_length, clone_state, map_state, state_tensors
 from zoology.config import ModelConfig
 from zoology.model import Block, LanguageModel, Stack, measured_state
@@ -216,15 +217,15 @@ def finish(model: LanguageModel, x: Tensor, rest: Rest) -> Tensor:
     return model.head(add_norm(model.norm, x, rest)[1])
 
 
-def pick(logits: Tensor, temperature: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """The next tokens [B] of logits [B, V]: the most likely ones, or drawn at `temperature` [].
+def scores(logits: Tensor, temperature: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """Logits [B, V] -> [B, V], whose largest is the next token: the most likely one, or drawn at `temperature` [].
 
     A draw is the index of the largest p_i / e_i with e_i exponential: the same as from a multinomial, without waiting.
     """
     if temperature is None:
-        return logits.argmax(-1)
+        return logits
     weights = torch.softmax(logits.float() / temperature, -1)
-    return weights.div_(torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
+    return weights.div_(torch.empty_like(weights).exponential_(generator=generator))
 
 
 _fused: weakref.WeakKeyDictionary[LanguageModel, dict] = weakref.WeakKeyDictionary()
@@ -388,7 +389,7 @@ class Decoder:
         if seed is not None:
             self.generator.manual_seed(seed)
         self.temperature.fill_(max(temperature, 0.0))
-        return pick(logits, self.temperature if temperature > 0 else None, self.generator)
+        return scores(logits, self.temperature if temperature > 0 else None, self.generator).argmax(-1)
 
     # -- inside ---------------------------------------------------------------------------------------------
 
@@ -473,8 +474,8 @@ class Decoder:
         for index, (block, state) in enumerate(zip(self._steps, self.state.layers)):
             x, rest = self._functions[index].advance(block, x, rest, state, index not in self._counts_itself)
         logits = self._finish(self.model, x, rest)
-        self.token.copy_(pick(logits, self.temperature if sampled else None, self.generator if sampled else None))
-        self.made.index_copy_(0, self.count, self.token[None])
+        drawn = scores(logits, self.temperature if sampled else None, self.generator if sampled else None)
+        kernels.next_token(drawn, self.token, self.made, self.count)
         self.count.add_(1)
         self.position.add_(1)
         return logits

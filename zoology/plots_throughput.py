@@ -163,7 +163,13 @@ KERNELS = {
     "matrix products": ("nvjet", "gemm", "cublas", "splitk"),
     "attention": ("flash", "cached_attention", "fmha"),
     "recurrences and convolutions": ("_apply_kernel", "_state_kernel", "_step_kernel", "selective_scan", "conv"),
-    "small fused operations": ("triton_", "_add_norm_kernel", "_biased_activation_kernel", "_cache_update_kernel"),
+    "small fused operations": (
+        "triton_",
+        "_add_norm_kernel",
+        "_biased_activation_kernel",
+        "_cache_update_kernel",
+        "_note_kernel",
+    ),
 }
 """What a kernel is, by the first of these that its name has in it; what torch.compile made is called triton_..."""
 

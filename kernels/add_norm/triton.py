@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.early_launch import early_launch, wait_for_kernels_ahead
+from kernels.triton_early import early_launch, wait_for_kernels_ahead
 
 
 @triton.jit

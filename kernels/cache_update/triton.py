@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cache_update.reference import frequencies
-from kernels.early_launch import early_launch, wait_for_kernels_ahead
+from kernels.triton_early import early_launch, wait_for_kernels_ahead
 
 BLOCK = 2048
 

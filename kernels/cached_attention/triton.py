@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.early_launch import early_launch, wait_for_kernels_ahead
+from kernels.triton_early import early_launch, wait_for_kernels_ahead
 
 MIN_SLOTS_PER_SPLIT = 256
 MAX_SPLITS = 64

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.early_launch import early_launch
+from kernels.triton_early import early_launch
 from kernels.taylor_linear_attention import triton_kernels as tk
 from kernels.taylor_linear_attention.reference import TaylorState, num_taylor_features
 from kernels.triton_support import INTERPRETED

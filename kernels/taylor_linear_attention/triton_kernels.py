@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.early_launch import wait_for_kernels_ahead
+from kernels.triton_early import wait_for_kernels_ahead
 
 
 # ---------------------------------------------------------------- pieces
