@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_early import early_launch
 from kernels.taylor_linear_attention import triton_kernels as tk
 from kernels.taylor_linear_attention.reference import TaylorState, num_taylor_features
+from kernels.triton_early import early_launch
 from kernels.triton_support import INTERPRETED
 
 MIN_CHUNKS_PER_GROUP = 4
