@@ -178,30 +178,39 @@ class _Case:
         smallest = min((p.numel() for p in self.mixer.parameters() if p.requires_grad and p.numel()), default=NUMBERS)
         return -(-NUMBERS // smallest)
 
-    def run(self, backend: str, dtype: torch.dtype, *, unroll: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """Outputs and gradients in float64 of all draws, by `backend` in `dtype`; outputs alone if token by token."""
-        outputs, gradients = zip(*(self._run(backend, dtype, unroll, x, along) for x, along in self.draws))
+    def run(self, backend: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        """Outputs and gradients in float64 of all draws, by `backend` in `dtype`."""
+        outputs, gradients = zip(*(self._run(backend, dtype, x, along) for x, along in self.draws))
         return torch.stack(outputs), {name: torch.stack([each[name] for each in gradients]) for name in gradients[0]}
 
-    def _run(
-        self, backend: str, dtype: torch.dtype, unroll: bool, x: Tensor, direction: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        twin = copy.deepcopy(self.mixer)
-        twin.force_backend(backend)
-        autocast = self.autocast and dtype == self.dtype
-        keep = self.kept if autocast else dtype
-        device = self.home if dtype == torch.float64 else self.device
-        twin.to(device).to(keep)
-        x = x.detach().to(device).to(keep).requires_grad_(not self.decode)
-        with torch.autocast(device.type, dtype if autocast else torch.bfloat16, enabled=autocast):
-            if self.decode or unroll:
-                return self._at_home(self._decode(twin, x, x.shape[1] if unroll else DECODED)), {}
-            y = twin(x, **self.prefix)
+    def run_token_by_token(self, dtype: torch.dtype) -> Tensor:
+        """Outputs in float64 of all draws by the reference in `dtype`, as one batch: steps are slow, not large."""
+        twin, autocast, x = self._prepared("reference", dtype, torch.cat([x for x, _ in self.draws]))
+        with autocast:
+            outputs = self._decode(twin, x, x.shape[1])
+        return self._at_home(outputs).unflatten(0, (len(self.draws), BATCH))
+
+    def _run(self, backend: str, dtype: torch.dtype, x: Tensor, direction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        twin, autocast, x = self._prepared(backend, dtype, x)
+        with autocast:
+            if self.decode:
+                return self._at_home(self._decode(twin, x, DECODED)), {}
+            y = twin(x.requires_grad_(), **self.prefix)
         y = self._at_home(y)
         (y * direction).sum().backward()
         named = {"x": x, **dict(twin.named_parameters())}
         gradients = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in named.items()}
         return y.detach(), {name: self._at_home(gradient) for name, gradient in gradients.items()}
+
+    def _prepared(self, backend: str, dtype: torch.dtype, x: Tensor) -> tuple[SequenceMixer, torch.autocast, Tensor]:
+        """A twin for `backend`, the autocast to run it under, and x, in `dtype` or in what autocast starts from."""
+        twin = copy.deepcopy(self.mixer)
+        twin.force_backend(backend)
+        autocast = self.autocast and dtype == self.dtype
+        keep = self.kept if autocast else dtype
+        device = self.home if dtype == torch.float64 else self.device
+        context = torch.autocast(device.type, dtype if autocast else torch.bfloat16, enabled=autocast)
+        return twin.to(device).to(keep), context, x.detach().to(device).to(keep)
 
     def _at_home(self, x: Tensor) -> Tensor:
         return x.to(self.home).double()
@@ -209,7 +218,7 @@ class _Case:
     @torch.no_grad()
     def _decode(self, twin: SequenceMixer, x: Tensor, steps: int) -> Tensor:
         """Outputs for x [B, T, D], the last `steps` of them from single steps and those before from `prefill`."""
-        state, outputs = twin.init_state(BATCH, x.shape[1], device=x.device), []
+        state, outputs = twin.init_state(*x.shape[:2], device=x.device), []
         steps = min(steps, x.shape[1] - self.prefix.get("prefix_length", 0))
         if steps < x.shape[1]:
             y, state = twin.prefill(x[:, : x.shape[1] - steps], state, **self.prefix)
@@ -235,7 +244,7 @@ class _Case:
         dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
         shrink = torch.finfo(self.dtype).eps / torch.finfo(dtype).eps
         output, gradients = self.errors("reference", dtype, exact)
-        output = max(output, _relative(self.run("reference", dtype, unroll=True)[0], exact[0]))
+        output = max(output, _relative(self.run_token_by_token(dtype), exact[0]))
         return Errors(output * shrink, {name: error * shrink for name, error in gradients.items()})
 
 

@@ -218,11 +218,39 @@ def test_a_gradient_of_two_numbers_is_compared_by_eight():
     outputs, gradients = case.run("reference", torch.float64)
     assert gradients["D"].shape == (4, 2)
     assert outputs.shape == (4, BATCH, 8, 64)
-    alone = [case._run("reference", torch.float64, False, *draw)[1]["D"] for draw in case.draws]
+    alone = [case._run("reference", torch.float64, *draw)[1]["D"] for draw in case.draws]
     assert torch.equal(torch.stack(alone), gradients["D"])
     assert len({float(each[0]) for each in alone}) == 4
     decode = parity._Case(build("mamba2", 64, d_state=8), CPU, torch.float32, 1)
     assert len(decode.draws) == 1  # without gradients
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "mamba2", "prefix_linear_attention"])
+def test_all_draws_go_token_by_token_through_the_reference_at_once(name, monkeypatch):
+    """Steps are slow, and their cost is by the step, not by the example: each draw is stepped through, none apart."""
+    mixer, length = build(name, 16), 24
+    case = parity._Case(mixer, CPU, torch.float64, length)
+    steps, own_step = [], type(mixer).step
+    monkeypatch.setattr(type(mixer), "step", lambda self, *args: steps.append(1) or own_step(self, *args))
+    together = case.run_token_by_token(torch.float64)
+    assert len(steps) == (length // 2 if mixer.takes_prefix else length)
+    torch.testing.assert_close(together, case.run("reference", torch.float64)[0], rtol=1e-9, atol=1e-11)
+
+
+def test_a_step_that_rounds_more_than_the_parallel_form_widens_the_budget(fake_backends, monkeypatch):
+    """What is allowed follows the worse of the two forms of the reference, over all draws."""
+    mixer = build("mamba2", 16, d_state=8)
+    before = parity._compare(mixer, "reference", CPU, torch.float32, 24)
+    step = type(mixer).step
+
+    def rough(self, x, state):
+        y, state = step(self, x, state)
+        return y * (1 + 1e-4 * (y.shape[0] > BATCH)), state
+
+    monkeypatch.setattr(type(mixer), "step", rough)
+    after = parity._compare(mixer, "reference", CPU, torch.float32, 24)
+    assert before.output_allowed < 1e-5
+    assert after.output_allowed == pytest.approx(FACTOR * 1e-4, rel=0.05)
 
 
 @pytest.mark.parametrize("name", architectures.names())
