@@ -187,6 +187,11 @@ class StaticLoop:
         self.peak_memory_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
     @property
+    def fills_device(self) -> bool:
+        """Whether an epoch leaves a GPU no time for other processes."""
+        return self.captured
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 

@@ -88,6 +88,8 @@ def check_losses(losses: Tensor, number: int, config: TrainConfig) -> float:
 class EagerLoop:
     """One operation after the other, as PyTorch runs them: any device, any architecture."""
 
+    fills_device = False  # a GPU waits for the host, and has time for others meanwhile
+
     def __init__(self, config: RunConfig, model: LanguageModel, splits: Splits, masks: torch.Generator):
         self.config, self.model, self.splits, self.masks = config, model, splits, masks
         self.device = model.embedding.weight.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import time
@@ -18,6 +19,7 @@ from zoology.evaluate import Score
 from zoology.loops import EagerLoop, Execution, TrainingDiverged, labelled_loss, learning_rate, score_slices
 from zoology.model import LanguageModel
 from zoology.precision import check_precision, computing_in
+from zoology.turns import turn_on
 
 __all__ = [
     "Epoch",
@@ -116,6 +118,8 @@ class _Run:
         self.masks = torch.Generator().manual_seed(config.seed + _MASK_STREAM)
         self.loop = self._make_loop(load, mode)
         self.sizes = [data.tokens.shape[0] for _, data in self.loop.splits["train"]]
+        turn = turn_on(device) if self.loop.fills_device else None
+        self.turn = contextlib.nullcontext() if turn is None else turn
         self.epochs: list[Epoch] = []
         self.best: tuple[float, int, dict] | None = None
         self.scores: dict[str, Score] | None = None  # on validation, of the current weights
@@ -170,9 +174,10 @@ class _Run:
         started = time.perf_counter()
         shuffle, size = config.data.shuffle, config.data.batch_size
         batches = list(epoch_batches(self.sizes, size, shuffle=shuffle, generator=self.order))
-        loss = self.loop.train_epoch(number, batches)
-        seconds = time.perf_counter() - started
-        self.scores = self.loop.score("validation")
+        with self.turn:
+            loss = self.loop.train_epoch(number, batches)
+            seconds = time.perf_counter() - started
+            self.scores = self.loop.score("validation")
         accuracies = {label: result.accuracy for label, result in self.scores.items()}
         mean = sum(accuracies.values()) / len(accuracies)
         rate = learning_rate(config.train, (number - 1) / config.train.epochs)
