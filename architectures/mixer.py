@@ -99,7 +99,7 @@ class SequenceMixer(nn.Module):
 
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> State:
         """Empty state for `batch_size` sequences of at most `max_seq_len` tokens."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no init_state(batch_size, max_seq_len, ...) -> state")
 
     def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Parallel form from a state on: x [B, T, D], state -> [B, T, D], state after the T tokens.
@@ -121,7 +121,7 @@ class SequenceMixer(nn.Module):
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token: x [B, D], state -> [B, D], state."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no step(x, state) -> output, state")
 
     def state_size(self, seq_len: int) -> int:
         """Real numbers carried per sequence between two tokens at length `seq_len`, counted on the tensors."""
@@ -130,6 +130,8 @@ class SequenceMixer(nn.Module):
     def state_fields(self, seq_len: int) -> dict[str, int]:
         """Elements of each state field for one sequence of length `seq_len`."""
         state = self.init_state(1, seq_len, device="meta")
+        if not isinstance(state, tuple):
+            raise TypeError(f"{type(self).__name__}.init_state must return a NamedTuple of tensors, got {state!r:.60}")
         return {name: count_elements(tensor) for name, tensor in state_tensors(state)}
 
     def state_bytes(self, seq_len: int, dtype: torch.dtype | None = None) -> int:

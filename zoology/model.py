@@ -71,7 +71,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, prefix_length: int = 0, pick: Pick = None) -> Tensor:
-        y = self.mixer(self.norm(x), **self._prefix(prefix_length))
+        y = self._same_shape(x, self.mixer(self.norm(x), **self._prefix(prefix_length)), "forward")
         if pick is not None:
             # What follows the mixer sees one token at a time: where few are asked for, only those go on.
             x, y = pick(x), pick(y)
@@ -79,11 +79,20 @@ class Block(nn.Module):
 
     def prefill(self, x: Tensor, state: State, prefix_length: int = 0) -> tuple[Tensor, State]:
         y, state = self.mixer.prefill(self.norm(x), state, **self._prefix(prefix_length))
-        return self._mix_channels(x + y), state
+        return self._mix_channels(x + self._same_shape(x, y, "prefill")), state
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         y, state = self.mixer.step(self.norm(x), state)
-        return self._mix_channels(x + y), state
+        return self._mix_channels(x + self._same_shape(x, y, "step")), state
+
+    def _same_shape(self, x: Tensor, y: Tensor, form: str) -> Tensor:
+        """The mixer's output. Raises ValueError unless it has the input's shape: a sum of others may well broadcast."""
+        if y.shape != x.shape:
+            raise ValueError(
+                f"{type(self.mixer).__name__}.{form} gave {list(y.shape)} for an input of {list(x.shape)}: "
+                "must be of the same shape"
+            )
+        return y
 
     def _prefix(self, length: int) -> dict[str, int]:
         return {"prefix_length": length} if self.mixer.takes_prefix else {}

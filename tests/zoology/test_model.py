@@ -154,3 +154,24 @@ def test_identity_channel_mixer_adds_the_second_norm():
 def test_too_long_for_learned_positions_is_refused():
     with pytest.raises(ValueError, match="max_seq_len=25: the model has 24 learned positions"):
         build("base_conv", max_positions=24).init_state(1, 25)
+
+
+@pytest.mark.parametrize("form", ["forward", "prefill", "step"])
+def test_a_mixer_whose_output_would_broadcast_is_refused(form, monkeypatch):
+    """[B, T, 1] adds to [B, T, D] without a word: the model would be another than the one that was written."""
+    model = LanguageModel(ModelConfig(vocab_size=16, d_model=8, layers=[layer("base_conv")], n_layers=1))
+    mixer, tokens = model.blocks[0].mixer, torch.zeros(2, 5, dtype=torch.int64)
+    right = getattr(mixer, form)
+
+    def narrow(*args):
+        found = right(*args)
+        return found[..., :1] if form == "forward" else (found[0][..., :1], found[1])
+
+    monkeypatch.setattr(mixer, form, narrow)
+    calls = {
+        "forward": lambda: model(tokens),
+        "prefill": lambda: model.prefill(tokens, model.init_state(2, 5)),
+        "step": lambda: model.step(tokens[:, 0], model.init_state(2, 5)),
+    }
+    with pytest.raises(ValueError, match=rf"BaseConv\.{form} gave \[2,.* 1\] for an input of \[2,.* 8\]: must be"):
+        calls[form]()
