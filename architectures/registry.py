@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import pkgutil
-import sys
 import types
 import typing
 from collections.abc import Callable
@@ -21,9 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from architectures.mixer import SequenceMixer
+from architectures.user_files import run_file
 
 # Files of this folder that hold shared parts, not architectures.
-SHARED_MODULES = frozenset({"mixer", "registry", "backends", "parity", "layers", "feature_maps", "fla", "mamba_ssm"})
+SHARED_MODULES = frozenset(
+    {"mixer", "registry", "backends", "parity", "layers", "feature_maps", "fla", "mamba_ssm", "user_files"}
+)
 ENTRY_POINT_GROUP = "zoology.architectures"
 
 
@@ -177,20 +179,11 @@ def load_file(path: str | Path) -> list[str]:
     Raises ValueError if the file is missing, fails to import or registers nothing.
     """
     path = Path(path).resolve()
-    if not path.is_file():
-        raise ValueError(f"architectures file {str(path)!r} does not exist")
     before = set(_entries)
-    module_name = f"zoology_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"architectures file {str(path)!r} failed: {type(error).__name__}: {error}") from error
+    run_file(path, "architectures")
     added = sorted(name for name, entry in _entries.items() if entry.where.rpartition(":")[0] == str(path))
     if not added:
-        raise ValueError(f"architectures file {str(path)!r} registers nothing: decorate a class with @register(name)")
+        raise ValueError(f"architectures file {path} registers nothing: decorate a class with @register(name)")
     return sorted({*added, *(set(_entries) - before)})
 
 

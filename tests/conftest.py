@@ -68,7 +68,7 @@ def fake_backends(monkeypatch):
     monkeypatch.setattr(parity, "_results", {})
     path = Path(__file__).parent / "fake_backends.py"
     names = registry.load_file(path)
-    fakes = sys.modules[f"zoology_user_{path.stem}"]
+    fakes = sys.modules[f"zoology_user_architectures_{path.stem}"]
     absent = backends.Library(("no_such_module",), ("no-such-distribution",), "no-such-extra")
     monkeypatch.setattr(backends, "LIBRARIES", {**backends.LIBRARIES, **fakes.LIBRARIES, "absent": absent})
     yield fakes

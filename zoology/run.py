@@ -107,9 +107,6 @@ def sweep(options: dict[str, Any]) -> int:
         _say(console, why)
         configs, points = chosen_runs(options, scale)
         directory = options["out"] or Path("results", f"{options['experiment'].stem}-{scale}")
-        if options["dry_run"]:
-            console.print(plan_table(plan.make_plan(configs, devices[0])))
-            return Exit.DONE
         limits = {
             key: plan.parse_duration(options[key], f"--{key.replace('_', '-')}") for key in ("time_limit", "timeout")
         }
@@ -117,7 +114,10 @@ def sweep(options: dict[str, Any]) -> int:
             raise PlanError(f"--address {options['address']}: is that of a Ray cluster, and needs --engine ray")
         if options["retries"] < 0:
             raise PlanError(f"--retries {options['retries']}: must be 0 or more")
-        setups = worker_setups(options, devices, directory)
+        setups, loggers = worker_setups(options, devices, directory), make_loggers(options["log"], directory)
+        if options["dry_run"]:
+            console.print(plan_table(plan.make_plan(configs, devices[0])))
+            return Exit.DONE
         with store.open_directory(directory), Signals() as stop:
             found = store.scan(directory)
             gc.freeze()  # nor will the collector go through what was read, as long as this process lives
@@ -127,7 +127,7 @@ def sweep(options: dict[str, Any]) -> int:
             runs = plan.make_plan(configs, devices[0], () if options["rerun"] == "all" else found.finished)
             if options["only"] is not None:
                 runs = plan.ranked(runs, named(options))
-            return execute(console, options, runs, found, directory, setups, limits, points, stop)
+            return execute(console, options, runs, found, directory, setups, loggers, limits, points, stop)
     except ValueError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
         return Exit.USAGE
@@ -212,6 +212,7 @@ def execute(
     found: store.Scan,
     directory: Path,
     setups: list[Any],
+    loggers: list[Any],
     limits: dict[str, float | None],
     points: set[str],
     stop: Signals,
@@ -224,7 +225,7 @@ def execute(
     setups = setups[: max(1, len(todo))]
     _say(console, overview(runs, todo, left_failed, setups, directory))
     outcome = SweepOutcome(Exit.DONE, {}, {})
-    view, loggers = progress.make_view(console), make_loggers(options["log"], directory)
+    view = progress.make_view(console)
     if todo:
         outcome = run_sweep(
             todo,

@@ -210,9 +210,9 @@ def test_a_file_adds_architectures(tmp_path):
     ("text", "message"),
     [
         ("x = 1", "registers nothing: decorate a class with @register"),
-        ("import no_such_module", "failed: ModuleNotFoundError: No module named 'no_such_module'"),
-        ("raise RuntimeError('oh no')", "failed: RuntimeError: oh no"),
-        ("def broken(:", "failed: SyntaxError"),
+        ("import no_such_module", "failed at line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("x = 1\nraise RuntimeError('oh no')", "failed at line 2: RuntimeError: oh no"),
+        ("\ndef broken(:", "failed at line 2: SyntaxError"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(tmp_path, text, message):
@@ -234,10 +234,30 @@ def test_files_of_one_name_in_two_folders_are_two_files(tmp_path):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"none\.py' does not exist"):
+    with pytest.raises(ValueError, match=r"architectures file .*none\.py does not exist"):
         architectures.load_file(tmp_path / "none.py")
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="is not a file"):
         architectures.load_file(tmp_path)
+    (tmp_path / "notes.md").write_text("# Notes")
+    with pytest.raises(ValueError, match=r"notes\.md: must be a Python file"):
+        architectures.load_file(tmp_path / "notes.md")
+
+
+def test_a_form_that_is_missing_is_named(tmp_path):
+    file = tmp_path / "nothing.py"
+    file.write_text(
+        "from architectures import SequenceMixer, register\n\n\n"
+        "@register('nothing', paper='none')\nclass Nothing(SequenceMixer):\n    pass\n"
+    )
+    architectures.load_file(file)
+    mixer = architectures.create("nothing", d_model=4)
+    with pytest.raises(NotImplementedError, match="Nothing defines no init_state"):
+        mixer.state_size(8)
+    mixer.init_state = lambda *args, **options: torch.zeros(1, 4, device=options["device"])
+    with pytest.raises(TypeError, match="init_state must return a NamedTuple of tensors, got tensor"):
+        mixer.state_size(8)
+    with pytest.raises(NotImplementedError, match="Nothing defines no step"):
+        mixer(torch.zeros(1, 3, 4))
 
 
 # -- outside packages --------------------------------------------------------------------------------------------

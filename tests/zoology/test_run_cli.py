@@ -235,13 +235,16 @@ def test_a_time_limit_has_its_own_exit_code_and_says_how_to_go_on(command, monke
         (["--time-limit", "soon"], "--time-limit 'soon': must be a positive time"),
         (["--timeout", "-1"], "--timeout '-1': must be a positive time"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has auto, cpu"),
-        (["--architectures", "absent.py"], "absent.py' does not exist"),
+        (["--architectures", "absent.py"], "absent.py does not exist"),
+        (["--only", ""], "--only : not in this sweep, which has attention, based"),
+        (["--log", "wanb"], "--log wanb: must be among tensorboard, wandb"),
         (["--scale", "huge"], "'huge' is not one of"),
         (["--rerun", "some"], "'some' is not one of"),
     ],
 )
-def test_bad_options_are_refused_before_anything_runs(command, tmp_path, arguments, message):
-    said = command(*arguments)
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_bad_options_are_refused_before_anything_runs(command, tmp_path, arguments, message, dry):
+    said = command(*arguments, *dry)
     assert said.exit_code == Exit.USAGE
     assert message in " ".join(said.output.replace("│", " ").split())
     assert not list(tmp_path.glob("out/*/config.json"))

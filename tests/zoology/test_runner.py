@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+import architectures
 import zoology.runner.store as store
 from architectures import backends
 from architectures.backends import BackendError
@@ -468,6 +469,12 @@ def test_a_model_that_cannot_be_built_stops_the_plan(make_run):
     run = run.model_copy(update={"model": run.model.model_copy(update={"layers": (bad,)})})
     with pytest.raises(PlanError, match=r"attention \(d_model=16 num_heads=5\): num_heads=5 does not divide"):
         plan.make_plan([make_run(), run], "cpu")
+
+
+def test_a_mixer_without_a_state_stops_the_plan(make_run, monkeypatch):
+    monkeypatch.delattr(architectures.registry.get("attention").cls, "init_state")
+    with pytest.raises(PlanError, match=r"attention \(d_model=16\): Attention defines no init_state"):
+        plan.make_plan([make_run()], "cpu")
 
 
 def test_a_backend_that_cannot_run_here_stops_the_plan(make_run):

@@ -115,13 +115,13 @@ def test_a_file_of_tasks(scratch_registry, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "does not exist"), ("1 / 0", "failed: ZeroDivisionError"), ("x = 1", "registers nothing")],
+    [(None, "does not exist"), ("1 / 0", "failed at line 1: ZeroDivisionError"), ("x = 1", "registers nothing")],
 )
 def test_a_bad_file_of_tasks(tmp_path, text, message):
     path = tmp_path / "bad.py"
     for content in [text] * (text is not None):
         path.write_text(content)
-    with pytest.raises(ValueError, match=rf"bad\.py' {message}"):
+    with pytest.raises(ValueError, match=rf"tasks file .*bad\.py {message}"):
         tasks.load_file(path)
 
 

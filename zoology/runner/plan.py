@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from architectures.mixer import SequenceMixer
+from architectures.user_files import described, run_file
 from zoology.config import ModelConfig, RunConfig, layer_options_text
 from zoology.model import LanguageModel
 from zoology.precision import check_precision, computing_in
@@ -63,20 +61,10 @@ def choose_scale(requested: str | None, has_gpu: bool) -> tuple[str, str]:
 
 def load_module(path: Path | str) -> ModuleType:
     """Import an experiment file under a name of its own. Raises PlanError if it is missing or raises."""
-    path = Path(path).resolve()
-    if not path.is_file():
-        raise PlanError(f"experiment file {path} does not exist")
-    name = f"zoology_experiment_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise PlanError(f"experiment file {path}: must be a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise PlanError(f"experiment file {path} failed {_where(error, path)}") from error
-    return module
+        return run_file(path, "experiment")
+    except ValueError as error:
+        raise PlanError(str(error)) from error
 
 
 def load_sweep(path: Path | str, scale: str) -> list[RunConfig]:
@@ -88,7 +76,7 @@ def load_sweep(path: Path | str, scale: str) -> list[RunConfig]:
     try:
         runs = sweep(scale)
     except Exception as error:
-        raise PlanError(f"{call} failed {_where(error, Path(path).resolve())}") from error
+        raise PlanError(f"{call} failed{described(error, path)}") from error
     if not isinstance(runs, (list, tuple)):
         raise PlanError(f"{call} returned {type(runs).__name__}, not a list of RunConfig")
     for index, run in enumerate(runs):
@@ -99,18 +87,11 @@ def load_sweep(path: Path | str, scale: str) -> list[RunConfig]:
     return list(runs)
 
 
-def _where(error: Exception, path: Path) -> str:
-    """The last line of the user's own file on the way to an error, and the error."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    line = frames[-1].lineno if frames else getattr(error, "lineno", None)
-    return (f"at line {line}: " if line else ": ") + f"{type(error).__name__}: {error}"
-
-
 def keep_only(runs: Sequence[RunConfig], names: Sequence[str]) -> list[RunConfig]:
-    """The runs of the named architectures. Raises PlanError for a name that no run has, listing those there are."""
+    """The runs of the named architectures. Raises PlanError for no name, or one that no run has."""
     known = sorted({run.architecture for run in runs})
     unknown = [name for name in names if name not in known]
-    if unknown:
+    if unknown or not names:
         raise PlanError(f"--only {','.join(unknown)}: not in this sweep, which has {', '.join(known)}")
     return [run for run in runs if run.architecture in names]
 
@@ -185,7 +166,7 @@ def _measure(run: RunConfig, device: str) -> Size:
             {length: model.state_size(length) for length in lengths},
             {length: model.state_bytes(length) for length in lengths},
         )
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise PlanError(f"{run.architecture} ({point_label(run.model)}): {error}") from error
 
 

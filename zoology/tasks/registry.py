@@ -1,14 +1,14 @@
 """Tasks by name, so that a config written as JSON can say which one it means."""
 
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
+
+from architectures.user_files import run_file
 
 from ..schema import closest
 from .base import IGNORE_INDEX, Task
@@ -78,20 +78,10 @@ def load_file(path: str | Path) -> list[str]:
 
     Raises ValueError if the file is missing, fails or registers nothing.
     """
-    path = Path(path).resolve()
-    if not path.is_file():
-        raise ValueError(f"tasks file {str(path)!r} does not exist")
-    module_name = f"zoology_user_tasks_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # so that its classes can be pickled
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"tasks file {str(path)!r} failed: {type(error).__name__}: {error}") from error
-    added = sorted(name for name, cls in _TASKS.items() if cls.__module__ == module_name)
+    module = run_file(path, "tasks")
+    added = sorted(name for name, cls in _TASKS.items() if cls.__module__ == module.__name__)
     if not added:
-        raise ValueError(f"tasks file {str(path)!r} registers nothing: decorate a class with @register(name)")
+        raise ValueError(f"tasks file {module.__file__} registers nothing: decorate a class with @register(name)")
     return added
 
 
