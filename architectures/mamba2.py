@@ -105,10 +105,9 @@ class Mamba2(SequenceMixer):
         """u [B, T, D] or, one token, [B, D]; `empty`: the state is."""
         backend = self.backend_for(u)
         if backend == "triton" and u.ndim == 3:
-            # A product of its own for the few step sizes: their number is one that tensor cores do not like.
-            weight, few = self.in_proj.weight.split([self.d_inner + sum(self.widths), self.num_heads])
-            z, xbc = F.linear(u, weight).split([self.d_inner, sum(self.widths)], dim=-1)
-            dt = F.linear(u, few)
+            # Products of their own: their gradients are joined by nobody, and few columns suit no tensor cores.
+            parts = self.in_proj.weight.split([self.d_inner, sum(self.widths), self.num_heads])
+            z, xbc, dt = (F.linear(u, weight) for weight in parts)
         else:
             z, xbc, dt = self.in_proj(u).split([self.d_inner, sum(self.widths), self.num_heads], dim=-1)
         if backend == "mamba-ssm":
@@ -132,10 +131,34 @@ class Mamba2(SequenceMixer):
 
     def _mix(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, ssm: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
         """x [..., H, P], dt [..., H], b c [..., G, N], ssm [B, H, N, P] -> y [..., H, P], ssm."""
-        dt = F.softplus((dt + self.dt_bias).to(torch.promote_types(dt.dtype, torch.float32)))
+        dt = (dt + self.dt_bias).to(torch.promote_types(dt.dtype, torch.float32))
+        dt = softplus(dt) if kernel == "triton" else F.softplus(dt)
         g = -self.A_log.to(dt.dtype).exp() * dt
         k, q = (part.repeat_interleave(self.num_heads // self.num_groups, dim=-2) for part in (b, c))
         v = (x * dt.unsqueeze(-1)).to(x.dtype)
         if x.ndim == 3:
             return linear_recurrence_step(q, k, v, g, ssm)
         return linear_recurrence(q, k, v, g, initial_state=ssm, output_final_state=True, backend=kernel)
+
+
+@torch.library.custom_op("zoology::softplus", mutates_args=(), schema="(Tensor x) -> Tensor")
+def softplus(x: Tensor) -> Tensor:
+    """`F.softplus`, whose result the compiler keeps: backwards it would compute it anew for every channel of a head."""
+    return F.softplus(x)
+
+
+@softplus.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx, grad):
+    (y,) = ctx.saved_tensors
+    return grad * -torch.expm1(-y)
+
+
+softplus.register_autograd(_backward, setup_context=_setup)

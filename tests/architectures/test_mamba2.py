@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import architectures
+from architectures import mamba2
 
 
 def build(**options):
@@ -71,3 +72,13 @@ def test_state_is_the_published_count_and_the_convolution(d_state):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         architectures.create("mamba2", 16, **options)
+
+
+def test_the_softplus_that_is_kept_is_softplus():
+    x = torch.tensor([-200.0, -30.0, -1.0, 0.0, 1e-3, 2.0, 19.0, 25.0, 300.0], dtype=torch.float64, requires_grad=True)
+    found, wanted = mamba2.softplus(x), torch.nn.functional.softplus(x)
+    assert torch.equal(found, wanted)
+    weights = torch.linspace(1, 2, len(x), dtype=torch.float64)
+    one, other = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, wanted))
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-9)  # PyTorch's is 1 from 20 on
+    torch.library.opcheck(torch.ops.zoology.softplus.default, (torch.randn(2, 3, requires_grad=True),))
