@@ -57,8 +57,9 @@ PREPARED = frozenset({"reference", "triton", "sdpa"})
 LARGE_ACTIVATIONS = 0.75e9
 """Bytes that the forward pass of a batch may keep for the backward pass before some are computed again instead."""
 
-EVALUATION_TOKENS = 1 << 16
-"""Tokens of an evaluation batch at most: long test sequences must not need more memory than training."""
+EVALUATION_BATCHES = 2
+"""How many training batches' tokens an evaluation batch has at most. Nothing is kept for a backward pass, so that it
+needs little more memory; with fewer sequences, kernels that walk along them leave much of a GPU idle."""
 
 
 class Resident(NamedTuple):
@@ -298,7 +299,8 @@ class StaticLoop:
 
     def evaluation_size(self, number: int, length: int) -> int:
         """Examples of a batch of evaluation, of `number` of this length."""
-        return max(1, min(self.config.data.batch_size, EVALUATION_TOKENS // length, number))
+        longest = max(part.task.seq_len for part, _ in self.parts)
+        return max(1, min(EVALUATION_BATCHES * self.config.data.batch_size * longest // length, number))
 
     def _loss_function(self, part: Slice, resident: Resident) -> Callable[..., Tensor]:
         """The loss of a batch of this slice, compiled once for slices that differ in the number of labels only."""

@@ -69,6 +69,20 @@ def test_static_steps_are_eager_steps(options):
         assert getattr(static, split) == getattr(eager, split)
 
 
+def test_scores_do_not_depend_on_the_batches_they_are_made_of(monkeypatch):
+    """Labels are counted example by example, whether the last batch is full, short, or the only one."""
+    run, found, sizes = small_run(epochs=1), [], []
+    for batches in (1 / 24, 1, 2, 100):  # of 24 x 24 tokens
+        monkeypatch.setattr(graphs, "EVALUATION_BATCHES", batches)
+        forget_loops()
+        found.append(train(run, mode="static"))
+        (loop,) = graphs._loops.values()
+        sizes.append([(loop.evaluation_size(50, 16), loop.evaluation_size(30, 24), loop.evaluation_size(9, 10**6))])
+    assert sizes == [[(1, 1, 1)], [(36, 24, 1)], [(50, 30, 1)], [(50, 30, 1)]]
+    assert all(outcome.test == found[0].test and outcome.validation == found[0].validation for outcome in found)
+    assert [score.num_examples for score in found[0].test.values()] == [50, 30]
+
+
 def test_a_loop_serves_other_rates_and_seeds_with_their_own_numbers():
     def numbers(outcome):
         return [epoch.loss for epoch in outcome.epochs], outcome.test, weights(outcome.model).tolist()
@@ -505,7 +519,7 @@ def test_what_a_thread_prepares_changes_no_number(monkeypatch):
         twin = graphs.copy.deepcopy(loop.model)
         with graphs._Beside(loop.device, lambda: loop._rehearse_evaluation(twin)):
             pass
-        assert done[before:] == [(24, 40)]
+        assert done[before:] == [(28, 40)]
         build(loop)
 
     monkeypatch.setattr(graphs.StaticLoop, "_probe", probe_beside)
