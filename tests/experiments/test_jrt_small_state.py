@@ -1,4 +1,4 @@
-"""Set disjointness at a small state: the published code's form of linear attention, the candidates and their choice."""
+"""Set disjointness at a small state: the published code's form of linear attention, and the runs."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from architectures import registry
+from zoology.model import LanguageModel
 from zoology.runner import plan
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -19,13 +20,6 @@ def own_weight():
     yield
     for name in ("own_weight", "own_weight_prefix"):
         del registry._entries[name]
-
-
-@pytest.fixture
-def experiment():
-    import experiments.jrt_small_state as module
-
-    return module
 
 
 @pytest.mark.parametrize(
@@ -75,50 +69,46 @@ def test_the_causal_form_has_nothing_of_a_prefix_and_neither_decodes():
             mixer.step(x[:, 0], state)
 
 
-def test_candidates_keep_the_published_data_and_differ_in_mixer_feature_dim_and_rate(experiment):
+def test_the_runs_keep_the_published_data_and_differ_in_reading_a_prefix_and_in_their_seeds():
     (published, *_) = plan.load_sweep(EXPERIMENTS / "jrt_set_disjointness.py", "paper")
     runs = plan.load_sweep(EXPERIMENT, "paper")
-    assert [(run.model.layers[1].name, run.model.layers[1].options, run.train.lr, run.seed) for run in runs] == [
-        (name, {"feature_dim": f, "num_heads": 2}, rate, 0) for name, f, rate in experiment.CANDIDATES
+    assert [(run.architecture, run.model.layers[1].name, run.seed) for run in runs] == [
+        ("own_weight", "own_weight", 1),
+        ("own_weight", "own_weight", 2),
+        ("own_weight_prefix", "own_weight_prefix", 1),
+        ("own_weight_prefix", "own_weight_prefix", 2),
     ]
+    assert len({run.run_id for run in runs}) == 4
     for run in runs:
-        assert (run.data.train, run.data.test, run.data.batch_size) == (
-            published.data.train,
-            published.data.test,
-            published.data.batch_size,
-        )
-        assert (run.model.d_model, run.model.n_layers, run.model.init, run.train.epochs) == (128, 4, "plain", 16)
+        assert run.data == published.data.model_copy(update={"num_validation": 256})
+        assert run.train == published.train.model_copy(update={"lr": 8e-4, "epochs": 6})
+        assert run.model.layers[1].options == {"feature_dim": 8, "num_heads": 2}
+        assert (run.model.d_model, run.model.n_layers, run.model.init) == (128, 4, "plain")
 
 
-def test_the_chosen_state_is_run_causally_and_with_a_prefix_over_two_seeds(monkeypatch):
-    monkeypatch.setenv("JRT_CHOSEN", "3")
-    runs = plan.load_sweep(EXPERIMENT, "paper")
-    assert [(run.architecture, run.seed) for run in runs] == [
-        ("based", 0),
-        ("based", 1),
-        ("prefix_linear_attention", 0),
-        ("prefix_linear_attention", 1),
+def test_the_candidates_were_causal_models_of_the_same_data():
+    import experiments.jrt_small_state as experiment
+
+    (run, *_) = plan.load_sweep(EXPERIMENT, "paper")
+    tried = experiment.candidates()
+    assert [(one.architecture, one.train.lr, one.train.epochs, one.seed) for one in tried] == [
+        ("own_weight", 8e-4, 16, 0),
+        ("own_weight", 1.6e-3, 16, 0),
+        ("own_weight", 1.2e-3, 16, 0),
+        ("based", 1.2e-3, 16, 0),
     ]
-    assert len({(run.train, run.model.layers[1].options["feature_dim"]) for run in runs}) == 1
-    monkeypatch.delenv("JRT_CHOSEN")
-    assert plan.load_sweep(EXPERIMENT, "paper")[3].run_id == runs[0].run_id
+    assert all(one.data == run.data for one in tried)
 
 
-def by_pair(experiment, short_first, long_first):
-    return {
-        **{f"{a} then {b}": short_first for a, b in experiment.LEARNED_PAIRS},
-        **{f"{b} then {a}": long_first for a, b in experiment.LEARNED_PAIRS},
-        "4 then 768": 1.0,
-        "768 then 4": 0.0,
-    }
-
-
-def test_the_choice_is_the_state_most_ahead_of_those_that_learned_and_are_not_done(experiment):
-    def choose(*accuracies):
-        return experiment.choice([by_pair(experiment, *pair) for pair in accuracies])
-
-    assert choose((0.8, 0.7), (0.9, 0.7), (0.95, 0.9)) == 1
-    assert choose((0.69, 0.1), (0.8, 0.75)) == 1, "has not learned"
-    assert choose((0.999, 0.99), (0.7, 0.9)) == 1, "done: both orders alike"
-    assert choose((0.6, 0.7), (0.99, 0.99)) is None
-    assert experiment.choice([{}, by_pair(experiment, 0.8, 0.7)]) == 1, "not validated yet"
+def test_the_smoke_scale_has_small_sets_and_trains():
+    runs = plan.load_sweep(EXPERIMENT, "smoke")
+    assert [run.seed for run in runs] == [1, 2, 1, 2]
+    for run in runs[::2]:
+        (task, *_) = [part.task for part in run.data.train]
+        model = LanguageModel(run.model)
+        batch = task.split("train", 4, 0)
+        tokens = torch.as_tensor(batch.inputs)
+        prefix = {"prefix_length": task.prefix_length} if model.takes_prefix else {}
+        loss = torch.nn.functional.cross_entropy(model(tokens, **prefix)[:, -1], torch.as_tensor(batch.labels[:, -1]))
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())
