@@ -42,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoology.config import DataConfig, ModelConfig, RunConfig, Slice, TrainConfig, layer, learning_rates
 from zoology.data import gather_labels
+from zoology.doctor import choose_device
 from zoology.graphs import MODES, StaticLoop, fetch_loop, forget_loops
 from zoology.loops import EagerLoop
 from zoology.model import LanguageModel
@@ -200,7 +201,8 @@ def build(config: RunConfig, shape: Shape, device: torch.device, mode: str) -> S
 
     torch.manual_seed(0)
     model = LanguageModel(config.model).to(device)
-    loop, reason = fetch_loop(config, device, splits, mode) if mode != "eager" else (None, "")
+    eager = mode == "eager" or (mode == "auto" and device.type != "cuda")
+    loop, reason = (None, "") if eager else fetch_loop(config, device, splits, mode)
     if loop is None:
         loop = EagerLoop(config, model, splits(), torch.Generator())
         loop.execution = loop.execution._replace(reason=reason)
@@ -498,6 +500,21 @@ def extrapolation(results: list[dict[str, Any]], models: int = 43) -> str:
     )
 
 
+def load(*paths: Path | str) -> dict[str, Any]:
+    """The records of several files of one device as one. Raises ValueError for files of several, or of no records."""
+    return joined([_read(Path(path)) for path in paths])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"records {path}: {getattr(error, 'strerror', None) or 'not JSON'}") from None
+    if not isinstance(result, dict) or not {"device", "records"} <= result.keys():
+        raise ValueError(f"records {path}: must hold what --out wrote, with 'device' and 'records'")
+    return result
+
+
 def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Results of one device as one; raises ValueError for results of several."""
     devices = {result["device"]["name"] for result in results}
@@ -556,11 +573,11 @@ def command(
     models: Annotated[str, typer.Option(help="NAME[:OPTION=VALUE][+NAME...]@WIDTH, separated by commas")] = MODELS,
     shapes: Annotated[str, typer.Option(help="LENGTHxPAIRS, separated by commas")] = "64x4,256x64",
     precisions: Annotated[str, typer.Option(help="of fp32, tf32 and bf16, separated by commas")] = "",
-    device: Annotated[str, typer.Option(help="default: the GPU if there is one")] = "",
-    batch_size: Annotated[int, typer.Option(min=1)] = 256,
-    vocab_size: Annotated[int, typer.Option(min=2)] = 8192,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="examples per step")] = 256,
+    vocab_size: Annotated[int, typer.Option(min=2, help="of the task and the model")] = 8192,
     steps: Annotated[int, typer.Option(min=1, help="steps per timed repeat")] = 32,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="timed repeats, after one that is not")] = 5,
     mode: Annotated[str, typer.Option(help=f"auto, eager, {', '.join(MODES)}")] = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="processes that build side by side; they measure in turn")] = 1,
     out: Annotated[Path | None, typer.Option(help="raw records, JSON")] = None,
@@ -571,23 +588,26 @@ def command(
     protocol_of: Annotated[str, typer.Option("--protocol", help="time the Based protocol on this model")] = "",
     epochs: Annotated[int, typer.Option(min=1, help="of the protocol")] = 32,
 ) -> None:
-    """Time training steps; see the module's docstring."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen = precisions.split(",") if precisions else (["tf32", "bf16"] if where.type == "cuda" else ["fp32"])
+    """Time a training step of each model: beside the plain loop of the field, and beside what the device could do."""
     try:
+        where = choose_device(device)
+        chosen = precisions.split(",") if precisions else (["tf32", "bf16"] if where.type == "cuda" else ["fp32"])
         if draw_from:
-            result = joined([json.loads(path.read_text()) for path in draw_from])
+            result = load(*draw_from)
         elif protocol_of:
             torch.set_num_threads(os.cpu_count() or 1)  # as a sweep with one worker
             result = protocol(protocol_of, chosen[0], where, epochs=epochs)
         else:
             if mode not in ("auto", "eager", *MODES):
                 raise ValueError(f"--mode {mode!r}: must be one of auto, eager, {', '.join(MODES)}")
+            if "graph" in mode and where.type != "cuda":
+                raise ValueError(f"--mode {mode!r}: CUDA graphs need a CUDA device, this is {where}")
             asked = parse_shapes(shapes, batch_size, vocab_size, steps)
             todo = cases(models.split(","), asked, chosen)
             result = benchmark(todo, where, repeats=repeats, mode=mode, jobs=jobs)
     except ValueError as error:
-        raise SystemExit(f"zoology.benchmark: {error}") from None
+        print(f"zoology.benchmark: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
@@ -596,7 +616,8 @@ def command(
 
 
 def main() -> None:
-    app()
+    """The command line."""
+    app(prog_name="python -m zoology.benchmark")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ DASHED = (0, (4, 2))
 
 
 def load(*paths: Path | str) -> dict[str, Any]:
-    """The records of several files as one document. Raises ValueError for files of different devices."""
-    from zoology.benchmark import joined
+    """`zoology.benchmark.load`: the records of several files as one document."""
+    from zoology import benchmark
 
-    return joined([json.loads(Path(path).read_text()) for path in paths])
+    return benchmark.load(*paths)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,10 +39,10 @@ from torch import Tensor
 import architectures
 from architectures.mixer import count_bytes, state_tensors
 from zoology import presets, results
-from zoology.benchmark import describe, joined, measure_ceilings, parse_model, peak_memory
+from zoology.benchmark import describe, joined, load, measure_ceilings, parse_model, peak_memory
 from zoology.bounds import ModelWork, Moved, element_sizes
 from zoology.config import ModelConfig
-from zoology.doctor import machine
+from zoology.doctor import choose_device, machine
 from zoology.generation import READ_BEFORE_RECORDED, Decoder, DoesNotFit
 from zoology.loops import backends_used
 from zoology.model import LanguageModel
@@ -488,7 +489,7 @@ class Records:
     def __init__(self, document: dict[str, Any], path: Path | None, report: Callable[[str], Any]):
         self.document, self.path, self.report = document, path, report
         if path is not None and path.is_file():
-            self.document = joined([json.loads(path.read_text()), document])
+            self.document = joined([load(path), document])
 
     def holds(self, subject: Subject, point: Point) -> bool:
         asked = {"model": subject.name, **point._asdict(), "layers": subject.config.n_layers}
@@ -541,7 +542,7 @@ def command(
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 1024,
     n_layers: Annotated[int, typer.Option(min=0, help="cut models to so many layers; 0: do not")] = 0,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32; default: bf16 on a GPU")] = "",
-    device: Annotated[str, typer.Option(help="default: the GPU if there is one")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="timed runs of a point, at most")] = 5,
     seconds: Annotated[float, typer.Option(min=0, help="no further run once a point has taken so long")] = 5.0,
     profile: Annotated[bool, typer.Option(help="add the longest kernels of the first points")] = False,
@@ -563,14 +564,14 @@ def command(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="folder for the figures of the records")] = None,
 ) -> None:
-    """Time prefill and generation; see the module's docstring."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen = dtype or ("bf16" if where.type == "cuda" else "fp32")
+    """Time prefill and generation of whole language models, beside the bound of what must be moved and multiplied."""
     try:
+        where = choose_device(device)
+        chosen = dtype or ("bf16" if where.type == "cuda" else "fp32")
         if chosen not in DTYPES:
             raise ValueError(f"--dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
         if draw_from:
-            document = joined([json.loads(path.read_text()) for path in draw_from])
+            document = load(*draw_from)
         else:
             for path in architectures_file or ():
                 architectures.load_file(path)
@@ -583,7 +584,8 @@ def command(
                 ),
             )  # fmt: skip
     except (ValueError, OSError) as error:
-        raise SystemExit(f"zoology.throughput: {error}") from None
+        print(f"zoology.throughput: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
     if draw_from and out is not None:
         store.write_atomically(out, json.dumps(document, indent=1) + "\n")
     if plot is not None:
@@ -655,7 +657,8 @@ def _prompts(text: str) -> list[tuple[int, int]]:
 
 
 def main() -> None:
-    app()
+    """The command line."""
+    app(prog_name="python -m zoology.throughput")
 
 
 if __name__ == "__main__":

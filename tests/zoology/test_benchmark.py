@@ -2,12 +2,17 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from zoology import benchmark
 from zoology.graphs import MODES, forget_loops
+from zoology.loops import EagerLoop
+
+BUILD_TIMES = Path(__file__).parents[2] / "experiments" / "results" / "training" / "build_h200.json"
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +85,10 @@ def test_results_of_one_device_are_joined(result, tmp_path):
     benchmark.app([*both, "--out", str(tmp_path / "joined.json")], standalone_mode=False)
     joined = json.loads((tmp_path / "joined.json").read_text())
     assert joined["records"] == document["records"] * 2
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(document | {"device": {"type": "cpu", "name": "another"}}))
     with pytest.raises(ValueError, match=r"different devices cannot be joined: .*another"):
-        benchmark.joined([document, document | {"device": {"type": "cpu", "name": "another"}}])
+        benchmark.load(tmp_path / "joined.json", other)
 
 
 def test_work_is_counted_by_hand():
@@ -115,9 +122,25 @@ def test_the_protocol_runs_every_learning_rate_to_its_end():
         (["--models", "attention"], "model 'attention': must be NAME"),
         (["--shapes", "64"], "shape '64': must be LENGTHxPAIRS"),
         (["--mode", "fast"], f"--mode 'fast': must be one of auto, eager, {', '.join(MODES)}"),
+        (["--mode", "pieces graph"], "--mode 'pieces graph': CUDA graphs need a CUDA device, this is cpu"),
         (["--precisions", "tf32"], "a mode of NVIDIA tensor cores"),
+        (["--device", "gpu"], "--device gpu: no device of torch; allowed are auto, cpu, cuda"),
+        (["--draw", "nowhere.json"], "records nowhere.json: No such file or directory"),
+        (["--draw", __file__], "not JSON"),
+        (["--draw", str(BUILD_TIMES)], "build_h200.json: must hold what --out wrote, with 'device' and 'records'"),
     ],
 )
 def test_bad_options_are_named(arguments, message):
-    with pytest.raises(SystemExit, match=message):
-        benchmark.app([*arguments, "--device", "cpu"], standalone_mode=False)
+    said = CliRunner().invoke(benchmark.app, ["--device", "cpu", *arguments])
+    assert said.exit_code == 2
+    assert message in said.output
+
+
+def test_auto_is_what_training_takes_on_a_cpu(capsys):
+    """Without a GPU that is the eager loop: nothing else is tried, and nothing is told to have failed."""
+    shape = benchmark.Shape(16, 2, 4, 64, 2)
+    config = benchmark.run_config(benchmark.parse_model("base_conv@16", 64), shape, "fp32")
+    loop = benchmark.build(config, shape, torch.device("cpu"), "auto")
+    assert isinstance(loop, EagerLoop)
+    assert loop.execution.reason == ""
+    assert capsys.readouterr().err == ""

@@ -1,6 +1,7 @@
 """The throughput command on tiny models, and its figures and tables from made-up records."""
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from nbclient import NotebookClient
+from typer.testing import CliRunner
 
 from zoology import plots_throughput, presets, results, throughput
 from zoology.model import LanguageModel
@@ -191,14 +193,17 @@ def test_a_fixed_state_decodes_in_the_same_time_everywhere(tmp_path):
         (["--length", "0x16"], "--length '0x16': must be LENGTH or BATCHxLENGTH"),
         (["--results", EXPERIMENTS / "mqar_sweep.py", "--scale", "smoke", "--only", "elephant"], "has no elephant"),
         (["--dtype", "int8"], "--dtype 'int8': must be one of bf16, fp32"),
-        (["--results", "nowhere"], "nowhere"),
+        (["--results", "nowhere"], "results directory nowhere: No such file"),
+        (["--draw", "nowhere.json"], r"records nowhere\.json: No such file"),
+        (["--device", "gpu"], "--device gpu: no device of torch; allowed are auto, cpu, cuda"),
         (["--kernels", "64"], "--kernels: needs a CUDA device and Triton"),
     ],
 )
 def test_bad_options_are_named(arguments, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match=message):
-        run(*arguments, "--device", "cpu")
+    said = CliRunner().invoke(throughput.app, ["--device", "cpu", *map(str, arguments)])
+    assert said.exit_code == 2
+    assert re.search(message, said.output)
 
 
 # -- accuracy, state and speed ------------------------------------------------------------------------------
