@@ -6,7 +6,6 @@ otherwise let whichever was imported last win.
 """
 
 from kernels.add_norm import add_norm
-from kernels.biased_activation import biased_activation
 from kernels.cache_update import cache_update
 from kernels.cached_attention import cached_attention
 from kernels.convolution_step import convolution_step
@@ -24,7 +23,6 @@ from kernels.wkv import wkv, wkv_step
 
 __all__ = [
     "add_norm",
-    "biased_activation",
     "cache_update",
     "cached_attention",
     "convolution_step",

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from kernels import (
     add_norm,
-    biased_activation,
     cache_update,
     cached_attention,
     convolution_step,
@@ -95,11 +94,6 @@ def one_convolution_step(draw: Draw) -> Iterator[Tensor]:
 def addition_and_norm(draw: Draw) -> Iterator[Tensor]:
     for d, parts in ((70, 1), (64, 4)):
         yield from add_norm(draw(3, d), draw(parts, 3, d), draw(d), bias=draw(d), backend="triton")
-
-
-def bias_and_activation(draw: Draw) -> Iterator[Tensor]:
-    for n, parts, activation in ((1030, 1, "gelu"), (70, 2, "swiglu")):
-        yield biased_activation(draw(parts, 3, n), draw(n), activation=activation, backend="triton")
 
 
 def choice_of_tokens(draw: Draw) -> Iterator[Tensor]:
@@ -195,7 +189,6 @@ OPS: dict[str, Callable[[Draw], Iterator[Tensor]]] = {
     "short_convolution": convolution,
     "convolution_step": one_convolution_step,
     "add_norm": addition_and_norm,
-    "biased_activation": bias_and_activation,
     "gated_norm": norm_behind_a_gate,
     "next_token": choice_of_tokens,
     "cache_update": joining_a_cache,

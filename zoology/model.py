@@ -43,11 +43,15 @@ class ChannelMixer(nn.Module):
         self.fc2 = nn.Linear(inner, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
-        if self.gated:
-            gate, value = hidden.chunk(2, dim=-1)
-            return self.fc2(F.silu(gate) * value)
-        return self.fc2(F.gelu(hidden))
+        return self.fc2(activate(self.fc1(x), self.gated))
+
+
+def activate(hidden: Tensor, gated: bool) -> Tensor:
+    """What the second layer of a `ChannelMixer` reads of the first one's output."""
+    if not gated:
+        return F.gelu(hidden)
+    gate, value = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 class Block(nn.Module):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import kernels
 from architectures.mixer import State, clone_state
-from zoology.model import Block, ChannelMixer
+from zoology.model import Block, ChannelMixer, activate
 
 NUM_PARTS = (2, 4, 8)
 WORTH = 0.95  # of the time of an undivided product: what parts must stay below that a norm adds up,
@@ -166,10 +166,11 @@ class StepChannelMixer(nn.Module):
     def __init__(self, mixer: ChannelMixer, rows: int):
         super().__init__()
         self.fc1, self.fc2 = StepLinear(mixer.fc1, rows), LastLinear(mixer.fc2, rows)
-        self.activation = "swiglu" if mixer.gated else "gelu"
+        self.gated = mixer.gated
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(kernels.biased_activation(self.fc1.parts(x), self.fc1.bias, activation=self.activation))
+        hidden = total(self.fc1.parts(x), self.fc1.bias)
+        return self.fc2(activate(hidden, self.gated).to(x.dtype))
 
 
 def rest_of(y: Tensor, last: LastLinear | None) -> Rest:

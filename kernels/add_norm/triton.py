@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_early import early_launch, wait_for_kernels_ahead
-
 
 @triton.jit
 def _add_norm_kernel(
@@ -24,10 +22,8 @@ def _add_norm_kernel(
     S: tl.constexpr,
     DP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """s = x + sum of parts + b, y = s / sqrt(mean(s^2) + eps) * w for one row."""
-    wait_for_kernels_ahead(EARLY)
     i_b = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, DP)
     m_d = o_d < D
@@ -68,7 +64,6 @@ def add_norm_op(x, parts, weight, bias, eps):
         DP=padded,
         HAS_BIAS=bias is not None,
         num_warps=warps,
-        **early_launch(x.device),
     )
     return total, y
 

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cache_update.reference import frequencies
-from kernels.triton_early import early_launch, wait_for_kernels_ahead
 
 BLOCK = 2048
 
@@ -38,13 +37,11 @@ def _cache_update_kernel(
     HALF: tl.constexpr,
     HB: tl.constexpr,
     KP: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """HB heads of one token: q -> new_q [B, H, KC] and k -> keys turned, v -> values, filled up with zeros.
 
     Entry i < HALF and entry i + HALF are a pair (a, b): a cos - b sin and b cos + a sin.
     """
-    wait_for_kernels_ahead(EARLY)
     i_b, i_what = tl.program_id(0).to(tl.int64), tl.program_id(2)
     o_h = tl.program_id(1) * HB + tl.arange(0, HB)
     o_k = tl.arange(0, KP)
@@ -120,7 +117,6 @@ def cache_update_op(q, k, v, keys, values, position, turned, base):
         HB=heads,
         KP=padded,
         num_warps=4,
-        **early_launch(q.device),
     )
     return new_q
 

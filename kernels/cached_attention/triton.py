@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_early import early_launch, wait_for_kernels_ahead
-
 MIN_SLOTS_PER_SPLIT = 256
 MAX_SPLITS = 64
 TUNED = {64: (64, 32, 2), 72: (64, 32, 4), 112: (128, 16, 1)}
@@ -41,7 +39,6 @@ def _cached_attention_kernel(
     KB: tl.constexpr,
     BN: tl.constexpr,
     SPLITS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One part of one head's cache: o = sum_n exp(s_n) v_n / sum_n exp(s_n), s_n = scale q.k_n.
 
@@ -49,7 +46,6 @@ def _cached_attention_kernel(
     A row of K entries is read as KA and KB of them, powers of two, so that few threads are idle. With SPLITS > 1 the
     sums, and log2 of their scale, go to `part` [B*H, SPLITS, K + 2].
     """
-    wait_for_kernels_ahead(EARLY)
     i_bh = tl.program_id(0).to(tl.int64)
     i_s = tl.program_id(1)
     i_b, i_h = i_bh // H, i_bh % H
@@ -159,18 +155,7 @@ def cached_attention_op(q, keys, values, position, scale):
     o = torch.empty_like(q)
     part = torch.empty(b * h, splits, k + 2, device=q.device, dtype=torch.float32) if splits > 1 else o
     _cached_attention_kernel[(b * h, splits)](
-        q,
-        keys,
-        values,
-        position,
-        o,
-        part,
-        slots,
-        scale,
-        H=h,
-        SPLITS=splits,
-        **choose_tile(k, q.dtype),
-        **early_launch(q.device),
+        q, keys, values, position, o, part, slots, scale, H=h, SPLITS=splits, **choose_tile(k, q.dtype)
     )
     if splits > 1:
         padded = {"KP": triton.next_power_of_2(k), "SP": triton.next_power_of_2(splits)}

@@ -7,9 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_early import early_launch, wait_for_kernels_ahead
-
-BLOCK, WARPS = 512, 2
+BLOCK, WARPS = 512, 4
 
 
 @triton.jit
@@ -28,10 +26,8 @@ def _step_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     SILU: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """y = act(sum_j w_j x_{t-j} + b) * gate for BD channels of one sequence; what is written was read before."""
-    wait_for_kernels_ahead(EARLY)
     i_b = tl.program_id(1).to(tl.int64)
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     m_d = o_d < D
@@ -81,7 +77,6 @@ def step_op(x, tail, weight, bias, activation, gate):
         HAS_GATE=gate is not None,
         SILU=activation == "silu",
         num_warps=WARPS,
-        **early_launch(x.device),
     )
     return y
 

@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_early import early_launch, wait_for_kernels_ahead
-
 BLOCK = 1024
 PROGRAMS = 1024
 """About as many as keep a large device busy with reading."""
@@ -24,10 +22,8 @@ def _largest_kernel(
     per_part,
     PARTS: tl.constexpr,
     BV: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """The largest score of one part of one row, and the first index that has it."""
-    wait_for_kernels_ahead(EARLY)
     i_b, i_p = tl.program_id(0).to(tl.int64), tl.program_id(1)
     low = i_p * per_part
     high = tl.minimum(low + per_part, V)
@@ -55,10 +51,8 @@ def _note_kernel(
     PARTS: tl.constexpr,
     PP: tl.constexpr,
     BB: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """The first index of the largest part, for BB rows."""
-    wait_for_kernels_ahead(EARLY)
     o_b = (tl.program_id(0) * BB + tl.arange(0, BB)).to(tl.int64)
     o_p = tl.arange(0, PP)
     o_part = o_b[:, None] * PARTS + o_p[None, :]
@@ -82,15 +76,10 @@ def next_token_op(scores, token, made, count):
     per_part = triton.cdiv(v, parts)
     best = torch.empty(b, parts, device=scores.device, dtype=torch.float32)
     at = torch.empty(b, parts, device=scores.device, dtype=torch.int32)
-    options = early_launch(scores.device)
-    _largest_kernel[(b, parts)](
-        scores, best, at, scores.stride(0), v, per_part, PARTS=parts, BV=BLOCK, num_warps=4, **options
-    )
+    _largest_kernel[(b, parts)](scores, best, at, scores.stride(0), v, per_part, PARTS=parts, BV=BLOCK, num_warps=4)
     padded = triton.next_power_of_2(parts)
     rows = max(1, 128 // padded)
-    _note_kernel[(triton.cdiv(b, rows),)](
-        best, at, token, made, count, b, PARTS=parts, PP=padded, BB=rows, num_warps=1, **options
-    )
+    _note_kernel[(triton.cdiv(b, rows),)](best, at, token, made, count, b, PARTS=parts, PP=padded, BB=rows, num_warps=1)
 
 
 @next_token_op.register_fake

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kernels.taylor_linear_attention import triton_kernels as tk
 from kernels.taylor_linear_attention.reference import TaylorState, num_taylor_features
-from kernels.triton_early import early_launch
 from kernels.triton_support import INTERPRETED
 
 MIN_CHUNKS_PER_GROUP = 4
@@ -413,11 +412,6 @@ def _backward(ctx, do, _, dfinal_kv, dfinal_key_sum):
 forward_op.register_autograd(_backward, setup_context=_setup_forward)
 
 
-def choose_step_tile(v_padded: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows of a state of `dtype` that are in hand at once, and the warps that hold them."""
-    return {"BR": max(1, 4096 // v_padded), "num_warps": 1 if dtype.itemsize == 2 else 2}
-
-
 def launch_step(q, k, v, state, new, scale):
     """Outputs of one token, and the state after it in `new`, which may be `state` itself.
 
@@ -444,8 +438,8 @@ def launch_step(q, k, v, state, new, scale):
         NF=num_taylor_features(f),
         V=v_dim,
         VP=v_padded,
-        **choose_step_tile(v_padded, state.kv.dtype),
-        **early_launch(q.device),
+        BR=max(1, 4096 // v_padded),
+        num_warps=1 if state.kv.dtype.itemsize == 2 else 2,
     )
     return o
 

@@ -26,8 +26,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_early import wait_for_kernels_ahead
-
 
 # ---------------------------------------------------------------- pieces
 @triton.jit
@@ -967,10 +965,8 @@ def _step_kernel(
     V: tl.constexpr,
     VP: tl.constexpr,
     BR: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One token of one head: S += phi(k) v^T, z += phi(k), o = phi(q).S / phi(q).z; the state moves once each way."""
-    wait_for_kernels_ahead(EARLY)
     i_bh = tl.program_id(0).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
     p_q, p_k = q_ptr + i_b * q_row + i_h * q_head, k_ptr + i_b * k_row + i_h * k_head
