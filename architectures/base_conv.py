@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from architectures.layers import ShortConvolution
 from architectures.mixer import SequenceMixer
@@ -71,7 +72,15 @@ class BaseConv(SequenceMixer):
 
     def step(self, x: Tensor, state: BaseConvState) -> tuple[Tensor, BaseConvState]:
         self.check_state(x, state)
-        convolved, gate = (x, self.projection(x)) if self.expand is None else self.in_proj(x).chunk(2, dim=-1)
-        y, tail, ran = self.conv.gated_step(convolved, state.conv, gate, backend=self.backend)
+        if self.expand is None:
+            y, tail, ran = self.conv.gated_step(x, state.conv, self.projection(x), backend=self.backend)
+            self.ran_beside(ran)
+            return y + x, BaseConvState(tail)
+        # One product for few rows takes longer with a bias, and the kernel of the convolution no longer.
+        convolved, gate = F.linear(x, self.in_proj.weight).chunk(2, dim=-1)
+        biases = (None, None) if self.in_proj.bias is None else self.in_proj.bias.chunk(2)
+        y, tail, ran = self.conv.gated_step(
+            convolved, state.conv, gate, x_bias=biases[0], gate_bias=biases[1], backend=self.backend
+        )
         self.ran_beside(ran)
-        return (y + x if self.expand is None else self.out_proj(y)), BaseConvState(tail)
+        return self.out_proj(y), BaseConvState(tail)

@@ -97,17 +97,27 @@ class ShortConvolution(nn.Module):
         y, tail = self.prefill(x.unsqueeze(1), tail)
         return y.squeeze(1), tail
 
-    def gated_step(self, x: Tensor, tail: Tensor, gate: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, str]:
+    def gated_step(
+        self,
+        x: Tensor,
+        tail: Tensor,
+        gate: Tensor,
+        *,
+        x_bias: Tensor | None = None,
+        gate_bias: Tensor | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor, str]:
         """`step` times gate [B, D], by `kernels.convolution_step` where it can -> [B, D], tail, the backend that ran.
 
-        The tail may be written to.
+        x_bias and gate_bias [D] are added to x and gate before. The tail may be written to.
         """
-        given = [part for part in (x, tail, self.weight, self.bias, gate) if part is not None]
+        biases = {"x_bias": x_bias, "gate_bias": gate_bias}
+        given = [part for part in (x, tail, self.weight, self.bias, gate, x_bias, gate_bias) if part is not None]
         if backend == "reference" or triton_refusal(given) is not None:
-            y, tail = self.step(x, tail)
-            return y * gate, tail, "reference"
+            y, tail = self.step(x if x_bias is None else x + x_bias, tail)
+            return y * (gate if gate_bias is None else gate + gate_bias), tail, "reference"
         y, tail = convolution_step(
-            x, tail, self.weight, self.bias, activation=self.activation, gate=gate, backend="triton"
+            x, tail, self.weight, self.bias, activation=self.activation, gate=gate, backend="triton", **biases
         )
         return y, tail, "triton"
 

@@ -83,10 +83,11 @@ def convolution(draw: Draw) -> Iterator[Tensor]:
 
 
 def one_convolution_step(draw: Draw) -> Iterator[Tensor]:
-    for d, silu in ((70, "silu"), (64, None)):
+    for d, silu, biases in ((70, "silu", True), (64, None, False)):
         tail = draw(3, 3, d)
+        of_layer = {"x_bias": draw(d), "gate_bias": draw(d)} if biases else {}
         y, tail = convolution_step(
-            draw(3, d), tail, draw(d, 4), draw(d), activation=silu, gate=draw(3, d), backend="triton"
+            draw(3, d), tail, draw(d, 4), draw(d), activation=silu, gate=draw(3, d), backend="triton", **of_layer
         )
         yield from (y, tail)
 

@@ -21,12 +21,15 @@ def convolution_step(
     *,
     activation: str | None = None,
     gate: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """y = act(sum_j w_j x_{t-j} + b) * gate for the newest token, j < W, and the memory one token later.
 
     Args:
         x: [B, D]; gate: [B, D] or None (1).
+        x_bias, gate_bias: [D] or None, added to x, which is rounded then, and to the gate: of the layer they come from.
         tail: [B, W - 1, D], the inputs before, oldest first.
         weight: [D, W], the current token's entry first; bias: [D] or None.
         activation: None or "silu".
@@ -46,16 +49,20 @@ def convolution_step(
         )
     if gate is not None and gate.shape != x.shape:
         raise ValueError(f"gate has shape {tuple(gate.shape)}; allowed: {tuple(x.shape)}, that of x")
+    for name, vector, allowed in (("x_bias", x_bias, True), ("gate_bias", gate_bias, gate is not None)):
+        if vector is not None and (vector.shape != (d,) or not allowed):
+            where = f"({d},)" if allowed else "None without a gate"
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}; allowed: {where}")
     if activation not in (None, "silu"):
         raise ValueError(f"activation is {activation!r}; allowed: None, 'silu'")
-    given = [part for part in (x, tail, weight, bias, gate) if part is not None]
+    given = [part for part in (x, tail, weight, bias, gate, x_bias, gate_bias) if part is not None]
     refusal = triton_refusal(given)
     triton_support.check_backend(backend, BACKENDS, refusal)
     if backend == "reference" or refusal:
-        return convolution_step_reference(x, tail, weight, bias, activation, gate)
+        return convolution_step_reference(x, tail, weight, bias, activation, gate, x_bias, gate_bias)
     from kernels.convolution_step import triton as impl
 
-    return impl.convolution_step_triton(x, tail, weight, bias, activation, gate), tail
+    return impl.convolution_step_triton(x, tail, weight, bias, activation, gate, x_bias, gate_bias), tail
 
 
 def triton_refusal(tensors: list[Tensor]) -> str | None:

@@ -6,13 +6,14 @@ from torch.nn import functional as F
 
 from kernels import convolution_step
 
-# (B, D, W, bias, activation, gate)
+# (B, D, W, bias, activation, gate; "biased": x and gate with the biases of the layer that they come from)
 CASES = [
     (3, 20, 3, True, "silu", True),
     (2, 700, 4, False, None, True),
     (2, 9, 2, True, None, False),
     (11, 300, 3, True, "silu", True),
     (1, 5, 1, False, "silu", False),
+    (3, 600, 3, True, "silu", "biased"),
 ]
 
 
@@ -26,15 +27,21 @@ def example(case, dtype=torch.float64, device="cpu"):
     # Halves of one projection: rows that lie apart.
     x, gate_values = draw(b, 2 * d).chunk(2, dim=-1)
     rest = {"bias": draw(d) if bias else None, "activation": activation, "gate": gate_values if gate else None}
+    if gate == "biased":
+        rest |= {"x_bias": draw(d), "gate_bias": draw(d)}
     return x, draw(b, w - 1, d), draw(d, w), rest
 
 
 def expected(x, tail, weight, rest):
+    """In float64, but for the rounding of x with its bias, which is what is remembered."""
+    x = x if rest.get("x_bias") is None else (x.double() + rest["x_bias"].double()).to(x.dtype)
     window = torch.cat([tail, x.unsqueeze(1)], 1).double()
     bias = None if rest["bias"] is None else rest["bias"].double()
     y = F.conv1d(window.transpose(1, 2), weight.double().flip(-1).unsqueeze(1), bias, groups=x.shape[1]).squeeze(2)
     y = F.silu(y) if rest["activation"] else y
-    return (y if rest["gate"] is None else y * rest["gate"].double()), window[:, 1:]
+    if rest["gate"] is not None:
+        y = y * (rest["gate"].double() + rest.get("gate_bias", torch.zeros(())).double())
+    return y, window[:, 1:]
 
 
 def check(case, dtype, device):
@@ -78,7 +85,7 @@ def test_triton_kernel_interpreted(run_interpreted):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("case", [*CASES, (128, 3584, 3, True, "silu", True)])
+@pytest.mark.parametrize("case", [*CASES, (128, 3584, 3, True, "silu", "biased")])
 def test_on_the_device(case, dtype):
     check(case, dtype, "cuda")
 
@@ -89,6 +96,8 @@ def test_on_the_device(case, dtype):
         ({"x": torch.zeros(2, 1, 4)}, r"x has shape \(2, 1, 4\)"),
         ({"tail": torch.zeros(2, 3, 4)}, r"tail \(2, 3, 4\) and weight \(4, 3\); allowed: \[B, D\]"),
         ({"gate": torch.zeros(2, 5)}, r"gate has shape \(2, 5\); allowed: \(2, 4\)"),
+        ({"x_bias": torch.zeros(3)}, r"x_bias has shape \(3,\); allowed: \(4,\)"),
+        ({"gate_bias": torch.zeros(4)}, r"gate_bias has shape \(4,\); allowed: None without a gate"),
         ({"activation": "gelu"}, "activation is 'gelu'; allowed: None, 'silu'"),
         ({"backend": "cuda"}, "backend is 'cuda'; allowed: auto, reference, triton"),
         ({"backend": "triton"}, "backend='triton' cannot run here: x is on cpu"),
