@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,6 @@ import pandas as pd
 from zoology import results
 from zoology.precision import PRECISIONS
 from zoology.printing import exit_code_of
-from zoology.runner.store import ResultsError
 
 HARDEST = 2
 """How many slices have a column of their own, beside the mean of all."""
@@ -84,13 +84,15 @@ def _cell(row: pd.Series) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table of a results directory; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1:
-        print("usage: python -m zoology.precision_table DIR", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(
+        prog="python -m zoology.precision_table",
+        description="Accuracy by precision, of a sweep that ran in several: a table in Markdown.",
+    )
+    parser.add_argument("directory", type=Path, help="results directory")
+    directory = parser.parse_args(arguments).directory
     try:
-        table = markdown(results.comparable(results.load(Path(arguments[0]))))
-    except ResultsError as error:
+        table = markdown(results.comparable(results.load(directory)))
+    except ValueError as error:
         print(f"zoology.precision_table: {error}", file=sys.stderr)
         return 2
     return exit_code_of(lambda: print(table))

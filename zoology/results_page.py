@@ -7,14 +7,13 @@ rewrites the section in place. Without records there is no section.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
-from zoology import compare, figures, plot, published
+from zoology import compare, figures, plot, published, tables
 from zoology.compare import Comparison
 from zoology.runner import store
 
@@ -154,11 +153,15 @@ def draw(root: Path) -> list[Path]:
     return paths
 
 
-def main(paths: list[str]) -> None:
-    for path in map(Path, paths):
-        print("\n".join(map(str, draw(path.parent))))
-        path.write_text(replace_section(path.read_text(), path.parent))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+
+    def anew(text: str, folder: Path) -> str:
+        print("\n".join(map(str, draw(folder))))
+        return replace_section(text, folder)
+
+    return tables.rewrite(arguments, "zoology.results_page", "figures and results beside the published ones", anew)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    raise SystemExit(main())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import architectures
@@ -77,10 +78,23 @@ def replace_tables(text: str) -> str:
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fresh, text, flags=re.DOTALL)
 
 
-def main(paths: list[str]) -> None:
-    for path in map(Path, paths):
-        path.write_text(replace_tables(path.read_text()))
+def rewrite(arguments: Sequence[str] | None, prog: str, what: str, replace: Callable[[str, Path], str]) -> int:
+    """A command that makes generated parts of Markdown files anew: `replace(text, folder)` gives the new text."""
+    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=f"Make {what} of these files anew.")
+    parser.add_argument("files", nargs="+", type=Path, help="Markdown files, such as README.md")
+    for path in parser.parse_args(arguments).files:
+        try:
+            path.write_text(replace(path.read_text(), path.parent))
+        except (OSError, ValueError) as error:
+            print(f"{prog}: {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return rewrite(arguments, "zoology.tables", "the generated tables", lambda text, folder: replace_tables(text))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    raise SystemExit(main())

@@ -79,7 +79,9 @@ def test_the_table_is_printed_from_a_directory(records, write_records, capsys, t
     assert "| 0.810 (0.800 to 0.820) \\* | 10 |" in lines[4]
     assert precision_table.main([str(tmp_path / "absent")]) == 2
     assert "absent: No such file" in capsys.readouterr().err
-    assert precision_table.main([]) == 2
+    with pytest.raises(SystemExit) as ended:
+        precision_table.main([])
+    assert ended.value.code == 2
 
 
 def test_a_reader_that_stops_early_is_no_error(records, write_records):

@@ -1,6 +1,7 @@
 """The README is true: its tables are today's, its examples run and do what it says."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import architectures
 from architectures import registry
-from zoology import tables, tasks
+from zoology import __main__, tables, tasks
 from zoology.tasks import registry as task_registry
 
 README = Path(__file__).parents[2] / "README.md"
@@ -33,6 +34,39 @@ def test_tables_are_todays():
 def test_an_unknown_table_is_refused():
     with pytest.raises(ValueError, match="unknown table 'animals': there are architectures, tasks"):
         tables.replace_tables("<!-- table: animals -->\n<!-- end -->")
+
+
+def test_a_file_that_cannot_be_made_anew_is_named(tmp_path, capsys):
+    assert tables.main([str(tmp_path / "NOTES.md")]) == 2
+    assert "NOTES.md: No such file or directory" in capsys.readouterr().err
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: animals -->\n<!-- end -->")
+    assert tables.main([str(page)]) == 2
+    assert "page.md: unknown table 'animals'" in capsys.readouterr().err
+
+
+SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README.read_text(), flags=re.DOTALL))
+COMMANDS = [(module, words.strip()) for module, words in re.findall(r"python -m zoology\.(\w+)([^#&\n]*)", SHELL)]
+
+
+@pytest.mark.parametrize(("module", "arguments"), COMMANDS, ids=[" ".join(command) for command in COMMANDS])
+def test_the_commands_have_the_options_that_are_shown(module, arguments, monkeypatch, capsys):
+    """Every line of a shell block: the module answers to --help, and tells of each option that is used."""
+    monkeypatch.setattr(sys, "argv", ["zoology", module, "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert set(re.findall(r"--[a-z-]+", arguments)) <= set(re.findall(r"--[a-z-]+", said))
+    for path in re.findall(r"experiments/\S+", arguments):
+        assert (README.parent / path).exists()
+
+
+def test_every_link_leads_somewhere():
+    links = re.findall(r"\]\(([^)\s]+)\)", README.read_text())
+    assert len(links) > 10
+    assert [link for link in links if "://" not in link and not (README.parent / link.split("#")[0]).exists()] == []
 
 
 def test_every_table_row_names_its_state():
