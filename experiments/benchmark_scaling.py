@@ -1,11 +1,11 @@
 """How a sweep scales over the GPUs of a machine: the same work for each, first on one of them, then on all.
 
-    python experiments/benchmark_scaling.py [--jobs N] [--epochs N] [--precision bf16] [--compiled] [--json FILE]
+    python experiments/benchmark_scaling.py [--jobs N] [--epochs N] [--precision bf16] [--json FILE]
 
 The work of a GPU: attention and Based, d_model 128, on the data of Based, Fig. 2, with a seed of the GPU's own, at
-four learning rates. Every run has all its epochs. Compiled code is made beforehand and taken from the disk; starting
-workers, building models and scoring count. What to look at is the ratio of runs per second: the target on four GPUs
-is 3.5.
+four learning rates. Every run has all its epochs. Workers are started, and build what they train, in a sweep of one
+epoch before; training, validation, scoring and files count. What to look at is the ratio of runs per second: the
+target on four GPUs is 3.5.
 """
 
 import argparse
@@ -23,39 +23,51 @@ from zoology.run import JOBS_PER_GPU, git_commit, known_from, worker_setups
 from zoology.runner import plan
 from zoology.runner.driver import run_sweep
 from zoology.runner.progress import PlainView
-from zoology.runner.worker import versions
+from zoology.runner.worker import Setup, versions
 
 MEMBERS = {"paper": {"attention": (128, {}), "based": (128, {"feature_dim": 16})},
            "smoke": {"attention": (32, {}), "based": (32, {"feature_dim": 8})}}  # fmt: skip
 SWEEP = Path(__file__).with_name("mqar_sweep.py")
 
 
+class KeptWorkers(LocalEngine):
+    """Workers that outlive a sweep, of which the next one uses those on some devices."""
+
+    def __init__(self, setups: list[Setup], memory: dict[str, float]):
+        super().__init__(setups, memory=memory)
+        self.every = self._workers
+
+    def use(self, devices: list[str]) -> list[Setup]:
+        self._workers = [worker for worker in self.every if worker.setup.device in devices]
+        return [worker.setup for worker in self._workers]
+
+    def stop(self) -> None:
+        """Called at the end of a sweep."""
+
+    def end(self) -> None:
+        self._workers = self.every
+        super().stop()
+
+
 def work(scale: str, seeds: list[int], epochs: int, precision: str) -> list[RunConfig]:
-    """The members of the sweep at all learning rates, on data of each seed."""
+    """The members of the sweep at all learning rates, with each seed."""
     found = []
     for run in plan.load_sweep(SWEEP, scale):
         width, options = MEMBERS[scale].get(run.architecture, (0, {}))
         if run.model.d_model == width and options.items() <= run.model.layers[-1].options.items():
             train = run.train.model_copy(update={"epochs": epochs, "stop_accuracy": None})
             for seed in seeds:
-                data = run.data.model_copy(update={"seed": seed})
-                found.append(run.model_copy(update={"data": data, "train": train}))
+                found.append(run.model_copy(update={"seed": seed, "train": train}))
     return plan.with_precision(found, precision)
 
 
-def timed(configs: list[RunConfig], devices: list[str], jobs: int) -> dict:
+def timed(configs: list[RunConfig], engine: KeptWorkers, devices: list[str], folder: Path) -> dict:
     """Seconds of a sweep on these devices, and of its runs; raises RuntimeError if one failed."""
-    runs = plan.make_plan(configs, devices[0])
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"jobs": jobs, "architecture_files": None, "experiment": SWEEP}
-        setups = worker_setups(options, devices, Path(folder))
-        engine = LocalEngine(setups, memory=plan.device_memory(devices))
-        estimate, memory = known_from(runs, {})
-        start = time.perf_counter()
-        outcome = run_sweep(
-            runs, engine, Path(folder), PlainView(Console()), total=len(runs), estimate=estimate, memory=memory
-        )
-        seconds = time.perf_counter() - start
+    runs, setups = plan.make_plan(configs, devices[0]), engine.use(devices)
+    estimate, memory = known_from(runs, {})
+    start = time.perf_counter()
+    outcome = run_sweep(runs, engine, folder, PlainView(Console()), total=len(runs), estimate=estimate, memory=memory)
+    seconds = time.perf_counter() - start
     if outcome.failures:
         raise RuntimeError(f"{len(outcome.failures)} runs failed: {next(iter(outcome.failures.values()))}")
     records = outcome.records.values()
@@ -83,35 +95,42 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=int, default=8, help="epochs of every run (default: 8)")
     parser.add_argument("--precision", default="bf16", help="fp32, tf32 or bf16 (default: bf16)")
-    parser.add_argument("--compiled", action="store_true", help="all code is on the disk already, do not make it first")
     parser.add_argument("--json", type=Path, help="write the record to this file")
     options = parser.parse_args()
     devices = plan.resolve_devices(options.device)
 
-    def sweep(seeds: list[int], epochs: int) -> list[RunConfig]:
-        return work(options.scale, seeds, epochs, options.precision)
-
     result = {
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "jobs": options.jobs,
         "epochs": options.epochs,
         "precision": options.precision,
         "versions": versions(),
         "git": git_commit(),
     }
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        needs = {"jobs": options.jobs, "architecture_files": None, "experiment": SWEEP}
+        engine = KeptWorkers(worker_setups(needs, devices, folder), plan.device_memory(devices))
 
-    def keep(name: str, seeds: list[int], epochs: int, where: list[str]) -> dict:
-        print(f"{name}: {len(where)} devices", flush=True)
-        found = result[name] = timed(sweep(seeds, epochs), where, options.jobs)
-        print(f"{name}: {found['runs']} runs in {found['seconds']:.1f} s", flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
-        return found
+        def keep(name: str, configs: list[RunConfig], where: list[str]) -> dict:
+            print(f"{name}: {len(where)} devices", flush=True)
+            found = result[name] = timed(configs, engine, where, folder)
+            print(f"{name}: {found['runs']} runs in {found['seconds']:.1f} s", flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(result, indent=1) + "\n")
+            return found
 
-    if not options.compiled:
-        keep("compiling", [len(devices)], 1, devices[:1])
-    one = keep("one", [0], options.epochs, devices[:1])
-    several = keep("all", list(range(len(devices))), options.epochs, devices)
+        def sweep(seeds: list[int], epochs: int) -> list[RunConfig]:
+            return work(options.scale, seeds, epochs, options.precision)
+
+        try:
+            seeds = list(range(len(devices)))
+            first = sweep(list(range(100, 100 + max(1, len(engine.every) // 2))), 1)  # two models: a run for each worker
+            keep("building", [run for run in first if run.train.lr == first[0].train.lr], devices)
+            one = keep("one", sweep([10], options.epochs), devices[:1])
+            several = keep("all", sweep(seeds, options.epochs), devices)
+        finally:
+            engine.end()
     result["ratio"] = several["runs_per_second"] / one["runs_per_second"]
     print(f"{len(devices)} devices have {result['ratio']:.2f} times the throughput of one", flush=True)
     if options.json:
