@@ -21,7 +21,7 @@ from torch import Tensor
 
 import kernels
 from architectures.mixer import State, check_prefix_length, clone_state, map_state, state_tensors
-from zoology.config import ModelConfig
+from zoology.config import LayerConfig, ModelConfig
 from zoology.model import Block, LanguageModel, Stack, measured_state
 from zoology.step_layers import Rest, StepBlock, add_norm
 
@@ -251,6 +251,7 @@ class Decoder:
             costs up to a minute once per machine and model.
         record_prompts: whether chunks of a prompt are recorded too, when their shape comes for the third time; the
             memory of their activations is then kept. "auto": on a CUDA device.
+        compile_prompts: whether what reads a prompt is compiled too; "auto": where steps are.
 
     Raises DoesNotFit, before anything is allocated, if the states cannot fit, and ValueError for other bad numbers.
 
@@ -268,19 +269,22 @@ class Decoder:
         graphs: bool | str = "auto",
         compiled: bool | str = "auto",
         record_prompts: bool | str = "auto",
+        compile_prompts: bool | str = "auto",
     ):
         parameter = model.embedding.weight
         self.model, self.batch_size, self.max_seq_len = model, batch_size, max_seq_len
         self.device, dtype = parameter.device, parameter.dtype
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ValueError(f"chunk_size={chunk_size!r}: must be a whole number >= 1, or None")
-        for name, value in (("graphs", graphs), ("compiled", compiled), ("record_prompts", record_prompts)):
+        switches = {"graphs": graphs, "compiled": compiled, "record_prompts": record_prompts}
+        for name, value in (switches | {"compile_prompts": compile_prompts}).items():
             if value not in (True, False, "auto"):
                 raise ValueError(f"{name}={value!r}: must be True, False or 'auto'")
-            if value is True and name != "compiled" and self.device.type != "cuda":
+            if value is True and "compile" not in name and self.device.type != "cuda":
                 raise ValueError(f"{name}=True: needs a CUDA device, the model is on {self.device}")
         self.graphs = self.device.type == "cuda" if graphs == "auto" else graphs
         self.compiled = self.graphs if compiled == "auto" else compiled
+        self.compile_prompts = self.compiled if compile_prompts == "auto" else compile_prompts
         self.record_prompts = self.device.type == "cuda" if record_prompts == "auto" else record_prompts
         check_memory(model.config, batch_size, max_seq_len, 1, self.device, dtype=dtype, weights=False)
         self.chunk_size = chunk_size or max(1, min(max_seq_len, PREFILL_TOKENS // batch_size))
@@ -510,7 +514,7 @@ class Decoder:
     def _choose_functions(self) -> tuple[list[Functions], Callable]:
         """What runs each layer, compiled once for each kind of layer, and the head; a model's decoders share them."""
         specs = [self.model.config.layer_at(index) for index in range(len(self.model.blocks))]
-        if not self.compiled:
+        if not self.compiled and not self.compile_prompts:
             return [Functions(advance, read)] * len(specs), finish
         known = _fused.setdefault(self.model, {})
 
@@ -521,14 +525,17 @@ class Decoder:
                 known[at] = Fused(function, what, dynamic=dynamic)
             return known[at]
 
+        def step(spec: LayerConfig) -> Callable:
+            return fused(advance, spec.model_dump_json(), f"a step of {spec.name}", dynamic=False)
+
+        def prompt(spec: LayerConfig) -> Callable:
+            return fused(read, spec.model_dump_json(), f"prefill of {spec.name}", dynamic=True)
+
         functions = [
-            Functions(
-                fused(advance, spec.model_dump_json(), f"a step of {spec.name}", dynamic=False),
-                fused(read, spec.model_dump_json(), f"prefill of {spec.name}", dynamic=True),
-            )
+            Functions(step(spec) if self.compiled else advance, prompt(spec) if self.compile_prompts else read)
             for spec in specs
         ]
-        return functions, fused(finish, "", "the head", dynamic=False)
+        return functions, fused(finish, "", "the head", dynamic=False) if self.compiled else finish
 
     @torch.no_grad()
     def _warm_up(self) -> None:

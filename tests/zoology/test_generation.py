@@ -322,6 +322,17 @@ def test_a_step_is_one_graph_for_all_layers_of_a_kind(monkeypatch):
     assert len(traced) == 3 + 3 + 1
 
 
+@pytest.mark.parametrize(("compiled", "count"), [(True, 2), (False, 1)])
+def test_steps_and_prompts_are_compiled_by_themselves(monkeypatch, compiled, count):
+    """Steps and the head without prompts, or prompts alone."""
+    traced = []
+    compile_with(monkeypatch, lambda graph, inputs: traced.append(graph) or graph)
+    model, tokens = build(BASED, BASED), draw(2, 9)
+    decoder = Decoder(model, 2, 9, compiled=compiled, compile_prompts=not compiled)
+    assert torch.allclose(decoded_logits(decoder, tokens, 5), model(tokens)[:, 4:], rtol=1e-9, atol=1e-12)
+    assert len(traced) == count
+
+
 def test_joined_projections_are_in_that_graph_too(monkeypatch):
     traced = []
     compile_with(monkeypatch, lambda graph, inputs: traced.append(graph) or graph)

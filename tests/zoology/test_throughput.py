@@ -113,7 +113,7 @@ def test_a_process_gets_ready_once_and_then_measures_by_itself(tmp_path, monkeyp
     tiny = ["--device", "cpu", "--repeats", 1, "--prompt", 4, "--new-tokens", 2, "--models", MODELS[0]]
     run(*tiny, "--batch", f"2,{HUGE}", "--length", "8", "--lock", lock, "--out", tmp_path / "records.json")
     assert held == [False, True, True, True]
-    assert rehearsed == [False, False, False, True, True, True]
+    assert rehearsed == [False, False, False, True, True]  # the first point is ready, and kept
     document = json.loads((tmp_path / "records.json").read_text())
     assert ["out_of_memory" in found for found in document["records"]] == [False, False, True]
 
