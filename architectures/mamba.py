@@ -13,7 +13,7 @@ from architectures import backends, mamba_ssm
 from architectures.layers import ShortConvolution, step_size_bias, whole_sequences_only
 from architectures.mixer import SequenceMixer, require_at_least
 from architectures.registry import register
-from kernels.selective_scan import MAX_WIDTH, selective_scan, selective_scan_step, step_sizes
+from kernels.selective_scan import MAX_WIDTH, selective_scan, selective_scan_step
 
 LONGEST_SCAN = 2048
 
@@ -144,8 +144,7 @@ class Mamba(SequenceMixer):
                     dt = self.dt_proj.weight @ dt.transpose(1, 2)
                     y, ssm = mamba_ssm.gated_scan(x, dt, decay, b, c, **rest)
                 return self.out_proj(y), MambaState(ssm, tail)
-            y, ssm = mamba_ssm.selective_scan(x, self.dt_proj(dt), decay, b, c, state.ssm)
-            y = y + self.D.to(x.dtype) * x
+            y, ssm = mamba_ssm.selective_scan(x, self.dt_proj(dt), decay, b, c, state.ssm, D=self.D)
         else:
             kernel = "triton" if backend == "triton" else "reference"
             y, ssm = self._mix(x, F.linear(dt, self.dt_proj.weight), b, c, state.ssm, kernel)
@@ -153,8 +152,8 @@ class Mamba(SequenceMixer):
 
     def _mix(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, ssm: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
         """x and dt before its bias and softplus [..., E], b c [..., N], ssm [B, E, N] -> y with the skip, ssm."""
-        bias, decay = self.dt_proj.bias, -self.A_log.to(torch.promote_types(dt.dtype, torch.float32)).exp()
+        decay = -self.A_log.to(torch.promote_types(dt.dtype, torch.float32)).exp()
+        rest = {"dt_bias": self.dt_proj.bias, "skip": self.D}
         if x.ndim == 2:
-            y, ssm = selective_scan_step(x, step_sizes(dt, bias), decay, b, c, ssm)
-            return y + self.D.to(x.dtype) * x, ssm
-        return selective_scan(x, dt, decay, b, c, dt_bias=bias, skip=self.D, initial_state=ssm, backend=kernel)
+            return selective_scan_step(x, dt, decay, b, c, ssm, **rest)
+        return selective_scan(x, dt, decay, b, c, **rest, initial_state=ssm, backend=kernel)

@@ -102,8 +102,10 @@ def gated_scan(
     return y.transpose(1, 2), last
 
 
-def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.selective_scan` from `state` on, with dt before its softplus; no gradient through the state.
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, *, D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`kernels.selective_scan` + D x from `state` on, with dt before its softplus; no gradient through the state.
 
     The kernel starts from nothing: what an earlier state adds is added here, as the scan is linear in it.
     """
@@ -128,7 +130,7 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state
         for n in range(A.shape[1]):
             extra = extra + torch.exp(elapsed * A[:, n]) * before[:, None, :, n] * C[:, :, n, None]
         last = last + torch.exp(elapsed[:, -1, :, None] * A) * before
-        return (y + extra).to(x.dtype), last.to(state.dtype)
+        return (y + extra + D.float() * x).to(x.dtype), last.to(state.dtype)
 
 
 def selective_scan_step(

@@ -13,7 +13,7 @@ from kernels.selective_scan.reference import (
     step_sizes,
 )
 
-__all__ = ["naive_selective_scan", "selective_scan", "selective_scan_step", "step_sizes"]
+__all__ = ["naive_selective_scan", "selective_scan", "selective_scan_step"]
 
 BACKENDS = ("auto", "reference", "triton")
 MAX_WIDTH = 64
@@ -83,16 +83,27 @@ def triton_refusal(
     return None
 
 
-def selective_scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def selective_scan_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    dt_bias: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """One token of `selective_scan`: x dt [B, D], A [D, N], B C [B, N], state [B, D, N] -> y [B, D], state.
 
-    y is computed before the state is rounded to its own dtype. Raises ValueError as `selective_scan` does.
+    With `dt_bias` [D] and `skip` [D] as there. y is computed before the state is rounded to its own dtype. Raises
+    ValueError as `selective_scan` does.
     """
     if state is None:
         raise ValueError("state is None; allowed: a tensor [B, D, N], zeros for an empty memory")
-    _check(x, dt, A, B, C, state, axes="B", name="state")
+    _check(x, dt, A, B, C, state, axes="B", name="state", dt_bias=dt_bias, skip=skip)
     with torch.autocast(x.device.type, enabled=False):
-        return selective_scan_step_reference(x, dt, A, B, C, state)
+        return selective_scan_step_reference(x, step_sizes(dt, dt_bias), A, B, C, state, skip=skip)
 
 
 def _check(

@@ -34,14 +34,16 @@ def step_sizes(dt: Tensor, dt_bias: Tensor | None) -> Tensor:
 
 
 def selective_scan_step_reference(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, *, skip: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One step: x dt [B, D], A [D, N], B C [B, N], state [B, D, N]; the state is rounded after the output."""
+    """One step: x dt [B, D], A [D, N], B C [B, N], state [B, D, N], skip [D]; the state is rounded after the output."""
     acc = accumulation_dtype(x, state)
     out_dtype, state_dtype = x.dtype, state.dtype
     x, dt, A, B, C, state = (part.to(acc) for part in (x, dt, A, B, C, state))
     state = torch.exp(dt.unsqueeze(-1) * A) * state + (dt * x).unsqueeze(-1) * B.unsqueeze(-2)
     y = (state @ C.unsqueeze(-1)).squeeze(-1)
+    if skip is not None:
+        y = y + skip.to(acc) * x
     return y.to(out_dtype), state.to(state_dtype)
 
 

@@ -85,6 +85,14 @@ def test_bias_and_skip(dtype):
     wanted, wanted_last = naive_selective_scan(x.double(), sizes, A.double(), B.double(), C.double())
     assert error(y, wanted + skip * x.double()) < (1e-12 if dtype == torch.float64 else 2**-8)
     assert error(last, wanted_last) < (1e-12 if dtype == torch.float64 else 1e-5)
+    state, outputs = torch.zeros(2, 5, 3, dtype=wide), []
+    for t in range(12):
+        token, state = selective_scan_step(
+            x[:, t], -dt[:, t], A, B[:, t], C[:, t], state, dt_bias=bias.to(wide), skip=skip.to(wide)
+        )
+        outputs.append(token)
+    assert error(torch.stack(outputs, 1), wanted + skip * x.double()) < (1e-12 if dtype == torch.float64 else 2**-8)
+    assert error(state, wanted_last) < (1e-12 if dtype == torch.float64 else 1e-5)
 
 
 def test_low_precision_inputs_keep_a_float32_state():
