@@ -8,11 +8,15 @@ epoch before; training, validation, scoring and files count. What to look at is 
 target on four GPUs is 3.5.
 """
 
+from __future__ import annotations
+
 import argparse
+import copy
 import json
 import os
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +27,7 @@ from zoology.run import JOBS_PER_GPU, git_commit, known_from, worker_setups
 from zoology.runner import plan
 from zoology.runner.driver import run_sweep
 from zoology.runner.progress import PlainView
-from zoology.runner.worker import Setup, versions
+from zoology.runner.worker import versions
 
 MEMBERS = {"paper": {"attention": (128, {}), "based": (128, {"feature_dim": 16})},
            "smoke": {"attention": (32, {}), "based": (32, {"feature_dim": 8})}}  # fmt: skip
@@ -31,21 +35,18 @@ SWEEP = Path(__file__).with_name("mqar_sweep.py")
 
 
 class KeptWorkers(LocalEngine):
-    """Workers that outlive a sweep, of which the next one uses those on some devices."""
+    """Workers that outlive a sweep."""
 
-    def __init__(self, setups: list[Setup], memory: dict[str, float]):
-        super().__init__(setups, memory=memory)
-        self.every = self._workers
-
-    def use(self, devices: list[str]) -> list[Setup]:
-        self._workers = [worker for worker in self.every if worker.setup.device in devices]
-        return [worker.setup for worker in self._workers]
+    def on(self, devices: list[str]) -> KeptWorkers:
+        """Those on some devices."""
+        some = copy.copy(self)
+        some._workers = [worker for worker in self._workers if worker.setup.device in devices]
+        return some
 
     def stop(self) -> None:
         """Called at the end of a sweep."""
 
     def end(self) -> None:
-        self._workers = self.every
         super().stop()
 
 
@@ -63,7 +64,7 @@ def work(scale: str, seeds: list[int], epochs: int, precision: str) -> list[RunC
 
 def timed(configs: list[RunConfig], engine: KeptWorkers, devices: list[str], folder: Path) -> dict:
     """Seconds of a sweep on these devices, and of its runs; raises RuntimeError if one failed."""
-    runs, setups = plan.make_plan(configs, devices[0]), engine.use(devices)
+    runs, engine = plan.make_plan(configs, devices[0]), engine.on(devices)
     estimate, memory = known_from(runs, {})
     start = time.perf_counter()
     outcome = run_sweep(runs, engine, folder, PlainView(Console()), total=len(runs), estimate=estimate, memory=memory)
@@ -74,8 +75,7 @@ def timed(configs: list[RunConfig], engine: KeptWorkers, devices: list[str], fol
     return {
         "devices": devices,
         "device": next(iter(records))["device"]["name"],
-        "workers": len(setups),
-        "threads": setups[0].threads,
+        "workers": engine.slots,
         "runs": len(runs),
         "seconds": seconds,
         "runs_per_second": len(runs) / seconds,
@@ -110,7 +110,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         needs = {"jobs": options.jobs, "architecture_files": None, "experiment": SWEEP}
-        engine = KeptWorkers(worker_setups(needs, devices, folder), plan.device_memory(devices))
+        engine = KeptWorkers(worker_setups(needs, devices, folder), memory=plan.device_memory(devices))
 
         def keep(name: str, configs: list[RunConfig], where: list[str]) -> dict:
             print(f"{name}: {len(where)} devices", flush=True)
@@ -124,11 +124,15 @@ def main() -> None:
             return work(options.scale, seeds, epochs, options.precision)
 
         try:
-            seeds = list(range(len(devices)))
-            first = sweep(list(range(100, 100 + max(1, len(engine.every) // 2))), 1)  # two models: a run for each worker
-            keep("building", [run for run in first if run.train.lr == first[0].train.lr], devices)
+
+            def build(index: int) -> None:
+                first = {run.architecture: run for run in sweep([100 + index], 1)}
+                timed(list(first.values()), engine, [devices[index]], folder)
+
+            with ThreadPoolExecutor() as pool:  # each GPU for itself: in one sweep a model would be built by one worker
+                list(pool.map(build, range(len(devices))))
             one = keep("one", sweep([10], options.epochs), devices[:1])
-            several = keep("all", sweep(seeds, options.epochs), devices)
+            several = keep("all", sweep(list(range(len(devices))), options.epochs), devices)
         finally:
             engine.end()
     result["ratio"] = several["runs_per_second"] / one["runs_per_second"]
