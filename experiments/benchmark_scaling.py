@@ -35,7 +35,12 @@ SWEEP = Path(__file__).with_name("mqar_sweep.py")
 
 
 class KeptWorkers(LocalEngine):
-    """Workers that outlive a sweep."""
+    """Workers that outlive a sweep. All start here: that changes the environment, which several threads must not."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        for worker in self._workers:
+            worker._spawn()
 
     def on(self, devices: list[str]) -> KeptWorkers:
         """Those on some devices."""
