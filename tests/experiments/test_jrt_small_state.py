@@ -81,7 +81,7 @@ def test_the_runs_keep_the_published_data_and_differ_in_reading_a_prefix_and_in_
     assert len({run.run_id for run in runs}) == 4
     for run in runs:
         assert run.data == published.data.model_copy(update={"num_validation": 256})
-        assert run.train == published.train.model_copy(update={"lr": 8e-4, "epochs": 6})
+        assert run.train == published.train.model_copy(update={"lr": 8e-4, "epochs": 16})
         assert run.model.layers[1].options == {"feature_dim": 8, "num_heads": 2}
         assert (run.model.d_model, run.model.n_layers, run.model.init) == (128, 4, "plain")
 
