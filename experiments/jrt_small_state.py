@@ -29,6 +29,11 @@ def sweep(scale: str) -> list[RunConfig]:
     return [run(name, FEATURE_DIM, RATE, seed, EPOCHS, scale) for name in (CAUSAL, PREFIX) for seed in SEEDS]
 
 
+def comparison() -> RunConfig:
+    """Based, divided by the sum of the weights, and otherwise as the causal runs: one seed at the paper scale."""
+    return run("based", FEATURE_DIM, RATE, SEEDS[0], EPOCHS, "paper")
+
+
 def candidates() -> list[RunConfig]:
     """The causal models at the paper scale among which the state, form and rate were chosen: seed 0, 16 epochs."""
     tried = ((CAUSAL, 8, 8e-4), (CAUSAL, 8, 1.6e-3), (CAUSAL, 16, 1.2e-3), ("based", 8, 1.2e-3))

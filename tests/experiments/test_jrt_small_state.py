@@ -98,6 +98,9 @@ def test_the_candidates_were_causal_models_of_the_same_data():
         ("based", 1.2e-3, 16, 0),
     ]
     assert all(one.data == run.data for one in tried)
+    based = experiment.comparison()
+    assert (based.architecture, based.seed) == ("based", 1)
+    assert (based.data, based.train) == (run.data, run.train)
 
 
 def test_the_smoke_scale_has_small_sets_and_trains():
