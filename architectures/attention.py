@@ -213,6 +213,7 @@ class Attention(SelfAttention):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
         length = x.shape[1]
         q, k, v = self._project(x, torch.arange(length, device=x.device))
         return self.out_proj(merge_heads(self._attend_causally(q, k, v, self.backend_for(x))))

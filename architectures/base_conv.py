@@ -53,6 +53,7 @@ class BaseConv(SequenceMixer):
         self.out_proj = nn.Linear(inner, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
         if self.expand is None:
             return self.conv(x) * self.projection(x) + x
         convolved, gate = self.in_proj(x).chunk(2, dim=-1)

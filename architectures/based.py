@@ -53,6 +53,7 @@ class Based(SequenceMixer):
         return tuple(split_heads(part(x), self.num_heads) for part in (self.q_proj, self.k_proj, self.v_proj))
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
         o, _ = kernels.taylor_linear_attention(*self._project(x), backend=self.backend_for(x))
         return self.out_proj(merge_heads(o))
 

@@ -125,8 +125,7 @@ class DeltaMixer(SequenceMixer):
         return self.State(kv, self.conv.init_tail(batch_size, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        empty = self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype)
-        return self._run(x, empty, empty=True)[0]
+        return self._run(x, self.empty_state(x), empty=True)[0]
 
     def prefill(self, x: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         return self._run(x, state)

@@ -102,7 +102,7 @@ class GatedLinearAttention(SequenceMixer):
         return GLAState(kv) if self.conv is None else GLAConvState(kv, self.conv.init_tail(batch_size, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype))[0]
+        return self._run(x, self.empty_state(x))[0]
 
     def prefill(self, x: Tensor, state: GLAState | GLAConvState) -> tuple[Tensor, GLAState | GLAConvState]:
         self.check_state(x, state)

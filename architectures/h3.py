@@ -168,6 +168,7 @@ class H3(SequenceMixer):
         return self._output(q, read + carried.to(kv.dtype)), H3State(shift, ssm.to(state.ssm.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
         return self._run(x, None)[0]
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> H3State:

@@ -115,6 +115,7 @@ class Hyena(SequenceMixer):
         return self.out_proj(v * gates[0]), torch.stack(kept, dim=2) if kept else None
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
         projected, short = self.in_proj(x), self.short_conv
         # In the dtype of the projection: under autocast float32 weights would widen what the backward pass reads.
         weight, bias = short.weight.to(projected.dtype), short.bias.to(projected.dtype)

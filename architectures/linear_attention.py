@@ -93,6 +93,7 @@ class LinearAttention(SequenceMixer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
         return self._run(x, None)[0]
 
     def prefill(self, x: Tensor, state: LinearAttentionState) -> tuple[Tensor, LinearAttentionState]:

@@ -107,6 +107,7 @@ class LongConv(SequenceMixer):
         return (convolved + x) * self.projection(x) + x
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
         return self._gate(x, fft_conv(x, self._taps(x.shape[1])))
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> LongConvState:

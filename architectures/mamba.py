@@ -83,8 +83,7 @@ class Mamba(SequenceMixer):
         return MambaState(ssm, self.conv.init_tail(batch_size, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        empty = self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype)
-        return self._run(x, empty, empty=True, alone=True)[0]
+        return self._run(x, self.empty_state(x), empty=True, alone=True)[0]
 
     def prefill(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         self.check_state(x, state)

@@ -90,8 +90,7 @@ class Mamba2(SequenceMixer):
         return Mamba2State(ssm, self.conv.init_tail(batch_size, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        empty = self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype)
-        return self._run(x, empty, empty=True)[0]
+        return self._run(x, self.empty_state(x), empty=True)[0]
 
     def prefill(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         self.check_state(x, state)

@@ -95,11 +95,17 @@ class SequenceMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Parallel form: x [B, T, D] -> [B, T, D]. By default `prefill` from an empty state."""
+        self.check_input(x)
         return self.prefill(x, self.init_state(x.shape[0], x.shape[1], device=x.device))[0]
 
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> State:
         """Empty state for `batch_size` sequences of at most `max_seq_len` tokens."""
         raise NotImplementedError(f"{type(self).__name__} defines no init_state(batch_size, max_seq_len, ...) -> state")
+
+    def empty_state(self, x: Tensor) -> State:
+        """An empty state for x [B, T, D], of its dtype. Raises ValueError as `check_input` does."""
+        self.check_input(x)
+        return self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype)
 
     def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Parallel form from a state on: x [B, T, D], state -> [B, T, D], state after the T tokens.
@@ -145,6 +151,11 @@ class SequenceMixer(nn.Module):
         return {"device": parameter.device if device is None else device, "dtype": dtype or parameter.dtype}
 
     # -- checks ---------------------------------------------------------------------------------------------
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless x is [B, T, D]: many a mixer would take [T, D] for T sequences of one token."""
+        if x.ndim != 3 or x.shape[2] != self.d_model:
+            raise ValueError(f"x has shape {tuple(x.shape)}; allowed: [B, T, {self.d_model}]")
 
     def check_state(self, x: Tensor, state: State) -> None:
         """Refuse a state of another architecture, configuration, batch size, device or dtype.

@@ -84,7 +84,7 @@ class RetNet(SequenceMixer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype))[0]
+        return self._run(x, self.empty_state(x))[0]
 
     def prefill(self, x: Tensor, state: RetNetState) -> tuple[Tensor, RetNetState]:
         self.check_state(x, state)

@@ -61,7 +61,7 @@ class RWKV4(SequenceMixer):
         return RWKV4State(empty, torch.zeros(batch_size, self.d_model, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype))[0]
+        return self._run(x, self.empty_state(x))[0]
 
     def prefill(self, x: Tensor, state: RWKV4State) -> tuple[Tensor, RWKV4State]:
         self.check_state(x, state)

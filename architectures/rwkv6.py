@@ -102,8 +102,7 @@ class RWKV6(SequenceMixer):
         return RWKV6State(kv, torch.zeros(batch_size, self.d_model, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        empty = self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype)
-        return self._run(x, empty, alone=True)[0]
+        return self._run(x, self.empty_state(x), alone=True)[0]
 
     def prefill(self, x: Tensor, state: RWKV6State) -> tuple[Tensor, RWKV6State]:
         self.check_state(x, state)

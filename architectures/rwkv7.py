@@ -170,7 +170,7 @@ class RWKV7(SequenceMixer):
         return RWKV7State(kv, torch.zeros(batch_size, self.d_model, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.prefill(x, self.init_state(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype))[0]
+        return self.prefill(x, self.empty_state(x))[0]
 
     def prefill(self, x: Tensor, state: RWKV7State) -> tuple[Tensor, RWKV7State]:
         return self._run(x, state)

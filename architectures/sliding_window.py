@@ -45,6 +45,7 @@ class SlidingWindow(SelfAttention):
         self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
         positions = torch.arange(x.shape[1], device=x.device)
         q, k, v = self._project(x, positions)
         o = self._attend_alone(q, k, v, positions, self.backend_for(x))

@@ -1,6 +1,7 @@
 """Every registered architecture keeps the mixer contract; a new one is tested by being registered."""
 
 import inspect
+import re
 import typing
 from pathlib import Path
 
@@ -197,6 +198,14 @@ def test_foreign_states_are_refused(name):
     other_dtype = map_state(lambda t: t.to(lower.get(t.dtype, t.dtype)), own)
     with pytest.raises(ValueError, match=r"float16|complex64"):
         mixer.step(token, other_dtype)
+
+
+def test_an_input_of_another_shape_is_refused(name):
+    """[T, D] is not T sequences of one token, whatever would come out."""
+    mixer = build(name)
+    for shape in [(LENGTH, WIDTH), (BATCH, LENGTH, WIDTH + 1), (BATCH, LENGTH, 1, WIDTH)]:
+        with pytest.raises(ValueError, match=re.escape(f"x has shape {shape}; allowed: [B, T, {WIDTH}]")):
+            mixer(torch.zeros(shape, dtype=torch.float64))
 
 
 def test_wrong_options_are_refused(name):
