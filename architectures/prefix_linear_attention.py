@@ -58,6 +58,7 @@ class PrefixLinearAttention(Based):
     def forward(self, x: Tensor, prefix_length: int = 0) -> Tensor:
         if prefix_length == 0:
             return super().forward(x)
+        self.check_input(x)
         return self._attend(x, prefix_length)[0]
 
     def prefill(self, x: Tensor, state: PrefixState, prefix_length: int = 0) -> tuple[Tensor, PrefixState]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from architectures.layers import merge_heads
+from architectures.mixer import check_prefix_length
 from architectures.prefix_linear_attention import PrefixLinearAttention
 from architectures.registry import register
 
@@ -28,6 +29,8 @@ class OwnWeight(PrefixLinearAttention):
         return None
 
     def forward(self, x: Tensor, prefix_length: int = 0) -> Tensor:
+        self.check_input(x)
+        check_prefix_length(prefix_length, x.shape[1])
         q, k, v = (part.transpose(1, 2) for part in self._project(x))
         w = _weights(q, k)
         y = w.tril() @ v

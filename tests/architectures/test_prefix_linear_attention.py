@@ -138,6 +138,11 @@ def test_a_prefix_comes_first_and_whole():
             built(x, prefix_length=bad)
 
 
+def test_one_sequence_without_a_batch_is_refused_behind_a_prefix_too():
+    with pytest.raises(ValueError, match=r"x has shape \(5, 16\); allowed: \[B, T, 16\]"):
+        architectures.create("prefix_linear_attention", 16)(torch.randn(5, 16), prefix_length=2)
+
+
 @pytest.mark.parametrize("seq_len", [1, 40])
 def test_parity_is_checked_behind_a_prefix(seq_len):
     """What a parity check compares moves with the projections that only a prefix reads."""
