@@ -1,6 +1,7 @@
 """The notebooks run on a results directory, and hold no logic of their own."""
 
 import ast
+import re
 from pathlib import Path
 
 import nbformat
@@ -30,6 +31,17 @@ def test_the_tables_have_the_points_and_slices(executed):
     assert all(word in slices for word in ("attention", "based", "mean", "short", "long"))
     assert all(word in floors for word in ("majority", "position_only", "position_copy", "short", "long"))
     assert all(word in seeds for word in ("attention", "based", "num_seeds", "low", "high"))
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_notebooks_open_what_a_fresh_clone_has(path):
+    """Every directory that is read by default holds committed records."""
+    code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    defaults = re.findall(r'environ\.get\("\w+", "(.+?)"\)', code)
+    assert defaults
+    for folder in defaults:
+        assert (NOTEBOOKS / folder).resolve().relative_to(NOTEBOOKS.parent).parts[:2] == ("experiments", "results")
+        assert any((NOTEBOOKS / folder).rglob("*.json"))
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
