@@ -13,6 +13,8 @@ from architectures.registry import register
 
 
 class BaseConvState(NamedTuple):
+    """Memory of a base convolution."""
+
     conv: Tensor  # [B, kernel_size - 1, D], the last inputs
 
 

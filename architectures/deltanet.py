@@ -140,6 +140,8 @@ def unit_length(x: Tensor) -> Tensor:
 
 
 class DeltaNetState(DeltaState):
+    """Memory of DeltaNet: no other delta rule takes it."""
+
     __slots__ = ()
 
 

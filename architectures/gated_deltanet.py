@@ -12,6 +12,8 @@ from architectures.registry import register
 
 
 class GatedDeltaNetState(DeltaState):
+    """Memory of Gated DeltaNet: no other delta rule takes it."""
+
     __slots__ = ()
 
 

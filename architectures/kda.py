@@ -12,6 +12,8 @@ from architectures.registry import register
 
 
 class KimiDeltaAttentionState(DeltaState):
+    """Memory of Kimi Delta Attention: no other delta rule takes it."""
+
     __slots__ = ()
 
 

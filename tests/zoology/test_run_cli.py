@@ -349,10 +349,15 @@ def test_a_line_tells_the_time_to_compile_and_why_nothing_faster_ran(make_run, m
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "unknown"), (0.4, "0 s"), (59, "59 s"), (61, "1 min 01 s"), (3661, "1 h 01 min"), (90_000, "25 h 00 min")],
+    [(0.4, "0 s"), (59, "59 s"), (61, "1 min 01 s"), (3661, "1 h 01 min"), (90_000, "25 h 00 min")],
 )
 def test_durations_for_people(seconds, text):
     assert progress.duration(seconds) == text
+    assert progress.time_left(seconds) == f"{text} left"
+
+
+def test_what_is_left_may_be_unknown():
+    assert progress.time_left(None) == "time left unknown"
 
 
 # -- python -m zoology -------------------------------------------------------------------------------------------

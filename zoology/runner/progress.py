@@ -20,16 +20,19 @@ def make_view(console: Console) -> View:
     return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainView(console)
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """Seconds for people: 8 s, 3 min 20 s, 2 h 05 min."""
-    if seconds is None:
-        return "unknown"
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+
+
+def time_left(seconds: float | None) -> str:
+    """What is left, for people; None where nothing is known to tell it from."""
+    return "time left unknown" if seconds is None else f"{duration(seconds)} left"
 
 
 class PlainView:
@@ -60,7 +63,7 @@ class PlainView:
             said += f", {duration(built)} of them to compile" if built >= 1 else ""
             said += f"; ran {how['mode']} because of {how['reason']}" if how["reason"] else ""
         width = len(str(progress.total))
-        left = f"; {duration(progress.seconds_left())} left" if progress.pending or progress.active else ""
+        left = f"; {time_left(progress.seconds_left())}" if progress.pending or progress.active else ""
         self._print(f"[{progress.done:{width}}/{progress.total}] {run.label}: {said}{left}")
 
     def note(self, message: str) -> None:
@@ -102,7 +105,7 @@ class LiveView(PlainView):
         head.add_row(
             ProgressBar(total=progress.total, completed=progress.done, width=30),
             Text(f"{progress.done}/{progress.total} runs{failed}"),
-            Text(f"{duration(time.monotonic() - self.since)} so far, {duration(progress.seconds_left())} left"),
+            Text(f"{duration(time.monotonic() - self.since)} so far, {time_left(progress.seconds_left())}"),
         )
         rows = Table(box=None, pad_edge=False)
         for title in ("worker", "run", "epoch", "validation", ""):
