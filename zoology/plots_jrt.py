@@ -20,14 +20,35 @@ def order_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Accuracy at the selected learning rate by model, pair of set sizes and order.
 
     One row per model, `short` and `long`: test accuracy with the "short set first", the "long set first", and their
-    `difference`. Raises ValueError if the frame has no set disjointness in both orders.
+    `difference`; a row for each set of test data that the model was given. Raises ValueError if the frame has no set
+    disjointness in both orders.
     """
+    index = ["architecture", "point", "state_bytes", "short", "long"]
     table = _ordered(frame)
-    wide = table.pivot(
-        index=["architecture", "point", "state_bytes", "short", "long"], columns="order", values="accuracy"
-    )
+    table = table.assign(test_data=table.groupby([*index, "order"]).cumcount())
+    wide = table.pivot(index=[*index, "test_data"], columns="order", values="accuracy")
     wide["difference"] = wide[SHORT_FIRST] - wide[LONG_FIRST]
-    return wide.rename_axis(columns=None).reset_index()
+    return wide.rename_axis(columns=None).reset_index().drop(columns="test_data")
+
+
+def order_by_run(frame: pd.DataFrame, longest: int | None = None) -> pd.DataFrame:
+    """Mean accuracy over the pairs of set sizes that a run was tested on in both orders: the measure of the paper.
+
+    One row per run, whatever its learning rate: test accuracy with the "short set first", the "long set first", and
+    their `difference`. With `longest` only pairs whose longer set has at most so many tokens count. Raises ValueError
+    if no run was tested in both orders.
+    """
+    parts = [_both_orders(run) for _, run in frame.groupby("run_id", sort=False)]
+    table = pd.concat(parts, ignore_index=True)
+    if longest is not None:
+        table = table[table["long"] <= longest]
+    if table.empty:
+        within = "" if longest is None else f" within longest={longest}"
+        raise ValueError(f"no run was tested on a pair of set sizes in both orders{within}")
+    index = ["architecture", "point", "state_bytes", "lr", "epochs", "seed", "run_id"]
+    wide = table.pivot_table(index=index, columns="order", values="accuracy", aggfunc="mean")
+    wide["difference"] = wide[SHORT_FIRST] - wide[LONG_FIRST]
+    return wide.rename_axis(columns=None).reset_index().drop(columns="run_id")
 
 
 def order(frame: pd.DataFrame):
@@ -82,10 +103,8 @@ def passes_table(frame: pd.DataFrame) -> pd.DataFrame:
 
     Raises ValueError if no slice of the frame is a `jrt_prompt`.
     """
-    table = _passed(frame)
-    wide = table.pivot(
-        index=["question", "architecture", "point", "state_bytes"], columns="num_passes", values="accuracy"
-    )
+    index = ["question", "architecture", "point", "state_bytes"]
+    wide = _passed(frame).pivot(index=index, columns="num_passes", values="accuracy")
     return wide.rename(columns=lambda number: f"{number} passes" if number > 1 else "1 pass").reset_index()
 
 
@@ -157,19 +176,23 @@ def _selected(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
-    table = _selected(frame)
-    table = table[[isinstance(task, SetDisjointness) and task.first_size != task.second_size for task in table["task"]]]
-    sizes = [(task.first_size, task.second_size) for task in table["task"]]
-    table = table.assign(
+    table = _both_orders(_selected(frame))
+    if table.empty:
+        raise ValueError("no pair of set sizes was tested in both orders: must have set disjointness slices of both")
+    return table
+
+
+def _both_orders(table: pd.DataFrame) -> pd.DataFrame:
+    """The slices of set disjointness whose pair of sizes is there in both orders, with `short`, `long` and `order`."""
+    tasks = table["task"] if "task_options" not in table else table["task_options"].map(from_config)
+    kept = [isinstance(task, SetDisjointness) and task.first_size != task.second_size for task in tasks]
+    sizes = [(task.first_size, task.second_size) for task in tasks[kept]]
+    table = table[kept].assign(
         short=[min(pair) for pair in sizes],
         long=[max(pair) for pair in sizes],
         order=[SHORT_FIRST if first < second else LONG_FIRST for first, second in sizes],
     )
-    counts = table.groupby(["short", "long"])["order"].transform("nunique")
-    table = table[counts == 2]
-    if table.empty:
-        raise ValueError("no pair of set sizes was tested in both orders: must have set disjointness slices of both")
-    return table
+    return table[table.groupby(["short", "long"])["order"].transform("nunique") == 2]
 
 
 def _passed(frame: pd.DataFrame) -> pd.DataFrame:

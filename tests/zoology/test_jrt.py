@@ -256,6 +256,42 @@ def test_the_selected_learning_rate_is_drawn(make_record):
     np.testing.assert_allclose(table[table["architecture"] == "based"]["difference"], 0.2)
 
 
+def test_a_run_is_measured_by_its_means_over_the_pairs_that_it_was_tested_on(make_record, order_records):
+    def accuracies(run, lost):
+        """With the long set first `lost` less, and nothing right at all beyond 256 tokens."""
+        sizes = {part.label: (part.task.first_size, part.task.second_size) for part in run.data.test}
+        return {
+            label: 0.9 if first < second else 0.9 - lost if first <= 256 else 0.0
+            for label, (first, second) in sizes.items()
+        }
+
+    runs = [run for run in plan.load_sweep(ORDER, "paper") if (run.model.d_model, run.train.lr) == (36, 5e-4)]
+    runs = [run for run in runs if run.model.layers[1].options["feature_dim"] == 4 and run.architecture == "based"]
+    frame = results.from_records([make_record(run, accuracies(run, 0.1 * run.seed)) for run in runs])
+    table = plots_jrt.order_by_run(frame).set_index("seed")
+    assert list(table.index) == [0, 1]
+    # Ten pairs, of which five have a longer set of 512 or 768.
+    np.testing.assert_allclose(table[plots_jrt.SHORT_FIRST], 0.9)
+    np.testing.assert_allclose(table[plots_jrt.LONG_FIRST], [0.45, 0.4])
+    np.testing.assert_allclose(table["difference"], [0.45, 0.5])
+    np.testing.assert_allclose(plots_jrt.order_by_run(frame, longest=256)["difference"], [0, 0.1], atol=1e-12)
+    with pytest.raises(ValueError, match="no run was tested on a pair of set sizes in both orders within longest=16"):
+        plots_jrt.order_by_run(frame, longest=16)
+    with pytest.raises(ValueError, match=r"no run was tested on a pair of set sizes in both orders$"):
+        plots_jrt.order_by_run(results.from_records(order_records))
+
+
+def test_one_model_with_two_sets_of_test_data_has_rows_for_each(make_record):
+    (run, *_) = plan.load_sweep(ORDER, "smoke")
+    more = run.model_copy(update={"data": run.data.model_copy(update={"num_validation": 200}), "seed": 1})
+    fewer = [part.model_copy(update={"num_examples": 50}) for part in run.data.test]
+    more = more.model_copy(update={"data": more.data.model_copy(update={"test": tuple(fewer)})})
+    records = [make_record(one, order_accuracies(one)) for one in (run, more)]
+    table = plots_jrt.order_table(results.from_records(records))
+    assert list(zip(table["short"], table["long"])) == [(2, 6), (2, 6)]
+    np.testing.assert_allclose(table["difference"], 0.2)
+
+
 def test_what_cannot_be_drawn_is_said(order_records, passes_records, results_directory, tmp_path, capsys):
     by_order, by_passes = results.from_records(order_records), results.from_records(passes_records)
     with pytest.raises(ValueError, match="must have some, num_passes=1 among them"):
