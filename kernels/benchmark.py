@@ -620,7 +620,18 @@ def write_table(page: str, *runs: dict) -> str:
     return f"{before}{start}\n{tables}\n{end}{after}"
 
 
+def _records(path: Path, parser: argparse.ArgumentParser) -> dict:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"records {path}: {getattr(error, 'strerror', None) or 'not JSON'}")
+    if not isinstance(found, dict) or not {"environment", "ceilings", "rows"} <= found.keys():
+        parser.error(f"records {path}: must hold what --out wrote, with 'environment', 'ceilings' and 'rows'")
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m kernels.benchmark", description=__doc__.split("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(OPS)}; all without one")
     parser.add_argument("--lengths", default="2048,8192,32768", help="sequence lengths")
@@ -632,7 +643,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, help="with --draw: a Markdown file whose tables are to be renewed")
     args = parser.parse_args(argv)
     if args.draw:
-        runs = [json.loads(path.read_text()) for path in args.draw]
+        runs = [_records(path, parser) for path in args.draw]
         plot(runs[0], args.plot or args.draw[0].with_suffix(".png"))
         if args.page:
             args.page.write_text(write_table(args.page.read_text(), *runs))

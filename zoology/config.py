@@ -158,7 +158,10 @@ class TrainConfig(Schema):
 
 
 class RunConfig(Schema):
-    """One training run. `architecture` is the name its points carry on plots and in `--only`."""
+    """One training run. `architecture` is the name its points carry on plots and in `--only`.
+
+    That is the mixer under test, or a name of your own; not that of an architecture which the model is without.
+    """
 
     architecture: str = Field(min_length=1)
     model: ModelConfig
@@ -168,6 +171,12 @@ class RunConfig(Schema):
 
     @model_validator(mode="after")
     def _fits(self):
+        mixers = [spec.name for spec in self.model.layers]
+        if self.architecture not in mixers and self.architecture in registry.names():
+            raise ValueError(
+                f"architecture={self.architecture!r}: the model has none; must be one of its layers, "
+                f"{', '.join(dict.fromkeys(mixers))}, or a name that no architecture has"
+            )
         needed = max(part.task.vocab_size for part in (*self.data.train, *self.data.test))
         if self.model.vocab_size < needed:
             raise ValueError(f"model.vocab_size={self.model.vocab_size}: the tasks need at least {needed}")

@@ -395,7 +395,9 @@ def doctor(
     try:
         for path in architecture_files or []:
             architectures.load_file(path)
-        names = only.split(",") if only else architectures.names()
+        names = architectures.names() if only is None else [name for name in only.split(",") if name]
+        if not names:
+            raise ValueError(f"--only {only}: names no architecture; there are {', '.join(architectures.names())}")
         wanted = dtypes.split(",") if dtypes else ["float32", "bfloat16"]
         for name in wanted:
             if name not in DTYPES:

@@ -60,15 +60,20 @@ def evaluate(
             suits a causal language model, whose logits there are for the token that follows); "next" scores the
             logits one position earlier, for tasks whose labels sit on the answer tokens themselves.
         split, seed, num_examples: which examples, as in `Task.split`.
+        batch_size: examples per call of the model.
+        device: where tokens are when the model gets them; the model must be there already.
 
     Returns:
         Accuracy, standard error over examples, number of examples.
 
     Raises:
-        ValueError: an unknown alignment, logits of the wrong shape, or "next" with a label at position 0.
+        ValueError: an unknown alignment, logits of the wrong shape, "next" with a label at position 0, or a batch_size
+            below 1.
     """
     if alignment not in ("same", "next"):
         raise ValueError(f"alignment={alignment!r}: must be 'same' or 'next'")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
     data = gather_labels(task.split(split, num_examples, seed)).to(device)
     shift = 1 if alignment == "next" else 0
     if bool(((data.positions < shift) & (data.targets != IGNORE_INDEX)).any()):

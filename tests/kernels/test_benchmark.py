@@ -70,10 +70,19 @@ def test_plot_needs_the_records_alone(tmp_path, monkeypatch):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bad_command_lines(capsys):
-    with pytest.raises(SystemExit):
-        benchmark.main(["matmul"])
-    assert "unknown operation 'matmul'; allowed: taylor_linear_attention" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["matmul"], "unknown operation 'matmul'; allowed: taylor_linear_attention"),
+        (["--draw", "nowhere.json"], "records nowhere.json: No such file or directory"),
+        (["--draw", __file__], "test_benchmark.py: not JSON"),
+    ],
+)
+def test_bad_command_lines(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(arguments)
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 ROOT = Path(__file__).parents[2]

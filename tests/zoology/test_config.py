@@ -107,6 +107,7 @@ RUN = {
         (lambda: Slice(task={"name": "mqra"}, num_examples=1), r"unknown task 'mqra'.*mqar"),
         (lambda: Slice(task=TASK, num_examples=0), r"num_examples=0"),
         (lambda: RunConfig(**RUN | {"model": ModelConfig(**MODEL | {"vocab_size": 16})}), r"need at least 32"),
+        (lambda: RunConfig(**RUN | {"architecture": "based"}), r"architecture='based': the model has none.*base_conv"),
         (lambda: RunConfig(**RUN | {"model": ModelConfig(**MODEL, max_positions=8)}), r"0 or at least 16"),
     ],
 )

@@ -236,6 +236,7 @@ def test_stopped_early_it_tells_what_it_knows(tmp_path, jobs):
     [
         (["--jobs", "0"], "--jobs 0: must be at least 1"),
         (["--only", "atention"], "unknown architecture 'atention': did you mean 'attention'"),
+        (["--only", ","], "--only ,: names no architecture; there are attention, base_conv"),
         (["--dtypes", "float8"], "--dtypes float8: must be one of float32, bfloat16"),
         (["--architectures", "none.py"], "does not exist"),
         (["--seq-len", "1"], "--seq-len 1: must be at least 2"),

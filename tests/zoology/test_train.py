@@ -118,6 +118,8 @@ def test_evaluate_refuses_what_it_cannot_score():
         zoology.evaluate(lambda tokens: torch.zeros(*tokens.shape, 31), TASK, 50, 0)
     with pytest.raises(ValueError, match="alignment='previous'"):
         zoology.evaluate(oracle, TASK, 5, 0, alignment="previous")
+    with pytest.raises(ValueError, match="batch_size=0: must be at least 1"):
+        zoology.evaluate(oracle, TASK, 5, 0, batch_size=0)
 
 
 def test_evaluate_leaves_a_module_in_its_mode():
