@@ -58,9 +58,7 @@ class Based(SequenceMixer):
         return self.out_proj(merge_heads(o))
 
     def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None) -> TaylorState:
-        like = self.like_parameters(device, dtype)
-        if dtype is None and like["dtype"].itemsize == 2:
-            like["dtype"] = torch.float32  # a sum over the sequence: bfloat16 cannot count beyond 256 tokens
+        like = self.like_sums(device, dtype)
         return self.State(*TaylorState.zeros(batch_size, self.num_heads, self.feature_dim, self.head_dim, **like))
 
     def prefill(self, x: Tensor, state: TaylorState) -> tuple[Tensor, TaylorState]:

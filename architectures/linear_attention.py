@@ -84,7 +84,7 @@ class LinearAttention(SequenceMixer):
         return triton_refusal(torch.empty(1, 1, 1, self.feature_dim, device=device, dtype=dtype))
 
     def init_state(self, batch_size: int, max_seq_len: int, *, device=None, dtype=None) -> LinearAttentionState:
-        like = self.like_parameters(device, dtype)
+        like = self.like_sums(device, dtype)
         shape = (batch_size, self.num_heads, self.feature_map_k.num_features)
         return LinearAttentionState(
             kv=torch.zeros(*shape, self.head_dim, **like),

@@ -150,6 +150,16 @@ class SequenceMixer(nn.Module):
         parameter = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         return {"device": parameter.device if device is None else device, "dtype": dtype or parameter.dtype}
 
+    def like_sums(self, device=None, dtype=None) -> dict[str, Any]:
+        """`like_parameters` for sums over a whole sequence: float32 beside 16-bit parameters, unless a dtype is given.
+
+        Nothing decays there, and bfloat16 cannot count beyond 256.
+        """
+        like = self.like_parameters(device, dtype)
+        if dtype is None and like["dtype"].itemsize == 2:
+            like["dtype"] = torch.float32
+        return like
+
     # -- checks ---------------------------------------------------------------------------------------------
 
     def check_input(self, x: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Every registered architecture keeps the mixer contract; a new one is tested by being registered."""
 
+import copy
 import inspect
 import re
 import typing
@@ -198,6 +199,16 @@ def test_foreign_states_are_refused(name):
     other_dtype = map_state(lambda t: t.to(lower.get(t.dtype, t.dtype)), own)
     with pytest.raises(ValueError, match=r"float16|complex64"):
         mixer.step(token, other_dtype)
+
+
+@torch.no_grad()
+def test_a_16_bit_mixer_does_not_forget_how_to_count(name):
+    """A state in bfloat16 that sums without decay stands still beyond 256 tokens: such sums are kept in float32."""
+    mixer = build(name).to(torch.bfloat16)
+    x = inputs(500, 1, dtype=torch.bfloat16)
+    exact = copy.deepcopy(mixer).double()(x.double())[:, 400:]
+    y = unroll(mixer, x, mixer.init_state(1, 500))[0][:, 400:]
+    assert float((y.double() - exact).norm() / exact.norm()) < 0.06
 
 
 def test_an_input_of_another_shape_is_refused(name):
