@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,6 +264,28 @@ def test_every_architecture_is_well_here():
     assert report.failed == []
     used = [row.architecture for row in report.rows if row.status == "used"]
     assert used == architectures.names()
+
+
+def test_the_records_of_a_gpu_have_every_backend_and_the_readme_their_number():
+    """One run was stopped with two rows to go: the other file has these."""
+    root = Path(__file__).parents[2]
+    rows = {}
+    for name in ("h200.json", "h200_gla_rwkv6.json"):
+        record = json.loads((root / "experiments" / "results" / "doctor" / name).read_text())
+        rows |= {(row["architecture"], row["dtype"], row["backend"]): row for row in record["rows"]}
+    assert sorted(rows) == sorted(
+        (name, dtype, backend)
+        for name in architectures.names()
+        for dtype in ("float32", "bfloat16")
+        for backend in registry.get(name).cls.backends
+    )
+    assert {row["status"] for row in rows.values()} <= {"used", "available", "refused"}
+    used = [group[:2] for group, row in rows.items() if row["status"] == "used"]
+    assert len(used) == len(set(used)) == 2 * len(architectures.names())
+    measured = [row for row in rows.values() if row["output_allowed"] is not None]
+    assert all(row["output_error"] <= row["output_allowed"] for row in measured)
+    assert all(row["gradient_error"] <= row["gradient_allowed"] for row in measured)
+    assert f"{len(rows)} rows, none failed" in (root / "README.md").read_text()
 
 
 @pytest.mark.gpu
