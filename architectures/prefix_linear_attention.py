@@ -43,8 +43,9 @@ class PrefixLinearAttention(Based):
 
     Their set disjointness models (HazyResearch/prefix-linear-attention, 7490f22, synthetic/zoology) differ from the
     paper's formula and from this: causal or not, they divide by the token's weight for itself, w_tt, in place of the
-    sum of weights (`train_view: quadratic`), and a dense layer stands before and after the convolution. The one that
-    is not causal has no separate k', v'; it drops the order of all tokens, and its convolution wraps around the ends.
+    sum of weights (`train_view: quadratic`; experiments/own_weight.py has that form), and a dense layer stands before
+    and after the convolution. The one that is not causal has no separate k', v'; it drops the order of all tokens, and
+    its convolution wraps around the ends.
     """
 
     State = PrefixState

@@ -1,6 +1,7 @@
 """The experiments of "Just read twice", their figures and their notebook, on records that are made up."""
 
 import json
+import os
 from pathlib import Path
 
 import matplotlib.colors
@@ -318,7 +319,11 @@ def write(records, directory):
     return directory
 
 
-def test_the_notebook_draws_both_figures(order_records, passes_records, tmp_path, monkeypatch):
+def test_the_notebook_draws_both_figures(order_records, passes_records, make_record, tmp_path, monkeypatch):
+    paper = [run for run in plan.load_sweep(ORDER, "paper") if run.model.d_model == 36][:4]
+    halves = [write([make_record(run, order_accuracies(run)) for run in half], tmp_path / f"paper-{half[0].seed}")
+              for half in (paper[::2], paper[1::2])]  # fmt: skip
+    monkeypatch.setenv("ZOOLOGY_JRT_PAPER", os.pathsep.join(map(str, halves)))
     monkeypatch.setenv("ZOOLOGY_JRT_ORDER", str(write(order_records, tmp_path / "order")))
     monkeypatch.setenv("ZOOLOGY_JRT_PASSES", str(write(passes_records, tmp_path / "passes")))
     notebook = nbformat.read(ROOT / "notebooks" / "jrt.ipynb", as_version=4)
@@ -328,6 +333,8 @@ def test_the_notebook_draws_both_figures(order_records, passes_records, tmp_path
         assert len(figure[0]["data"]["image/png"]) > 20_000
     order, passes = (outputs[index][0]["data"]["text/plain"] for index in (2, 4))
     assert all(word in order for word in ("short set first", "long set first", "difference"))
+    for by_run in (outputs[5], outputs[6]):
+        assert by_run[0]["data"]["text/plain"].count("0.2") == 4
     assert all(word in passes for word in ("1 pass", "2 passes", "3 passes", "sets of 48, then 2", "mqar, 8 pairs"))
 
 
