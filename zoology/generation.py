@@ -560,7 +560,9 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         if generator is not None:
             graph.register_generator_state(generator)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        if not (self._prompts or any(self._graphs.values())):
+            # A pool ends with the last graph in it, also with one that failed.
+            self._pool = torch.cuda.graph_pool_handle()
         drawn_from = [torch.cuda.default_generators[self.device.index]]
         drawn_from += [] if generator is None else [generator]
         before = [one.get_state() for one in drawn_from]

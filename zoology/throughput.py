@@ -248,7 +248,7 @@ class Bench:
 
     def _generation(self, point: Point) -> Ready:
         fused = "auto" if self.effort.compiled else False
-        # Nothing but steps is timed; and a process whose first graph they are was seen to be the fastest.
+        # Nothing but steps is timed; and a decoder that nothing came before was seen to be the fastest.
         plain = {"record_prompts": False, "compile_prompts": False}
         decoder = Decoder(self.model, point.batch, point.length + point.new_tokens, compiled=fused, **plain)
         prompt = self._tokens(point.batch, point.length)
