@@ -184,7 +184,7 @@ def load_file(path: str | Path) -> list[str]:
     added = sorted(name for name, entry in _entries.items() if entry.where.rpartition(":")[0] == str(path))
     if not added:
         raise ValueError(f"architectures file {path} registers nothing: decorate a class with @register(name)")
-    return sorted({*added, *(set(_entries) - before)})
+    return sorted({*added, *(set(_entries) - before)} - _builtin_names())  # those it imports are not its own
 
 
 def _builtin_names() -> set[str]:

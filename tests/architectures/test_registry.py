@@ -206,6 +206,14 @@ def test_a_file_adds_architectures(tmp_path):
     assert {"other", "shift"} <= set(architectures.names())
 
 
+def test_a_file_that_imports_a_built_in_does_not_register_it(tmp_path, monkeypatch):
+    monkeypatch.delitem(registry._entries, "gla", raising=False)
+    monkeypatch.delitem(sys.modules, "architectures.gla", raising=False)
+    file = write(tmp_path / "mine.py", "shift", more="import architectures.gla\n")
+    assert architectures.load_file(file) == ["shift"]
+    assert "gla" in registry._entries
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
