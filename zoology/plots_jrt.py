@@ -60,9 +60,10 @@ def order(frame: pd.DataFrame):
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     table = _ordered(frame)
+    states = sorted(table["state_bytes"].unique())
     looks = plot.styles(plot.by_name(frame))
     pairs = sorted(set(zip(table["short"], table["long"])), key=lambda pair: (pair[1], pair[0]))
     columns = min(5, len(pairs))
@@ -83,6 +84,9 @@ def order(frame: pd.DataFrame):
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:,.0f}")
             axis.xaxis.set_minor_locator(NullLocator())
+            if len(states) == 1:  # left to itself, a logarithmic axis of one value ends beside it
+                axis.set_xlim(states[0] / 2, states[0] * 2)
+                axis.xaxis.set_major_locator(FixedLocator(states))
             axis.set(ylim=(-0.02, 1.03), title=f"sets of {short} and {long}")
             axis.grid(True, axis="y", color="0.9", lw=0.6)
         figure.supxlabel("recurrent state (bytes per sequence, all layers)", fontsize=9)

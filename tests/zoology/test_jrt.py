@@ -222,6 +222,23 @@ def test_the_order_figure_draws_it(order_records):
     assert set(guess.get_ydata()) == {0.5}
 
 
+def test_one_state_lies_within_every_panel(make_record):
+    runs = [run for run in plan.load_sweep(ORDER, "paper") if (run.model.d_model, run.train.lr) == (36, 5e-4)]
+    runs = [run for run in runs if run.model.layers[1].options["feature_dim"] == 4 and run.seed == 0]
+    frame = results.from_records([make_record(run, order_accuracies(run)) for run in runs])
+    (state,) = frame["state_bytes"].unique()
+    figure = plots_jrt.order(frame)
+    figure.canvas.draw()
+    assert len(figure.axes) == 10
+    for axis in figure.axes:
+        assert axis.get_xlim() == (state / 2, state * 2)
+        assert list(axis.get_xticks()) == [state]
+        for _, _, x, y in lines_of(axis):
+            (at,) = axis.transAxes.inverted().transform(axis.transData.transform(list(zip(x, y))))
+            assert 0.4 < at[0] < 0.6
+            assert 0 < at[1] < 1
+
+
 def test_the_passes_table_and_figure_have_what_was_put_in(passes_records):
     frame = results.from_records(passes_records)
     table = plots_jrt.passes_table(frame).set_index(["question", "architecture", "point"])
