@@ -100,6 +100,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="repeats; the slowest is reported (default: 3)")
     parser.add_argument("--json", help="write the record to this file")
     options = parser.parse_args()
+    for name in ("threads", "repeats"):
+        if (value := getattr(options, name)) < 1:
+            parser.error(f"--{name} {value}: must be 1 or more")
     torch.set_num_threads(options.threads)
     runs = []
     for _ in range(options.repeats):

@@ -1,4 +1,4 @@
-"""The order of the data at one state size: the part of `jrt_set_disjointness.py` that fits into a sitting at a GPU.
+"""The order of the data at one state size: the part of `jrt_set_disjointness.py` that a GPU does in minutes.
 
     python -m zoology.run experiments/jrt_one_state.py --scale paper --precision tf32
 
