@@ -1,7 +1,6 @@
 """The experiments of "Just read twice", their figures and their notebook, on records that are made up."""
 
 import json
-import os
 from pathlib import Path
 
 import matplotlib.colors
@@ -338,9 +337,9 @@ def write(records, directory):
 
 def test_the_notebook_draws_both_figures(order_records, passes_records, make_record, tmp_path, monkeypatch):
     paper = [run for run in plan.load_sweep(ORDER, "paper") if run.model.d_model == 36][:4]
-    halves = [write([make_record(run, order_accuracies(run)) for run in half], tmp_path / f"paper-{half[0].seed}")
-              for half in (paper[::2], paper[1::2])]  # fmt: skip
-    monkeypatch.setenv("ZOOLOGY_JRT_PAPER", os.pathsep.join(map(str, halves)))
+    for name, half in (("ONE_STATE", paper[::2]), ("SMALL_STATE", paper[1::2])):
+        written = write([make_record(run, order_accuracies(run)) for run in half], tmp_path / name)
+        monkeypatch.setenv(f"ZOOLOGY_JRT_{name}", str(written))
     monkeypatch.setenv("ZOOLOGY_JRT_ORDER", str(write(order_records, tmp_path / "order")))
     monkeypatch.setenv("ZOOLOGY_JRT_PASSES", str(write(passes_records, tmp_path / "passes")))
     notebook = nbformat.read(ROOT / "notebooks" / "jrt.ipynb", as_version=4)

@@ -123,7 +123,8 @@ def make_engine(tmp_path):
 
 def troubled(run, **options):
     layers = (run.model.layers[0].model_copy(update={"name": "trouble", "options": options}),)
-    return run.model_copy(update={"model": run.model.model_copy(update={"layers": layers})})
+    model = run.model.model_copy(update={"layers": layers})
+    return run.model_copy(update={"architecture": "trouble", "model": model})
 
 
 def test_no_run_takes_another_down(tmp_path, make_run, trouble, make_engine, watcher):
