@@ -166,7 +166,6 @@ KERNELS = {
     "small fused operations": (
         "triton_",
         "_add_norm_kernel",
-        "_biased_activation_kernel",
         "_cache_update_kernel",
         "_note_kernel",
     ),
