@@ -215,6 +215,22 @@ def test_the_short_piece_of_zoology_is_of_the_whole_sweep(scale, length):
     assert len(wanted) == len(whole) / {"paper": 4, "laptop": 2, "smoke": 2}[scale]
 
 
+@pytest.mark.parametrize(("scale", "number"), [("paper", 24), ("laptop", 12), ("smoke", 3)])
+def test_the_variants_of_zoology_differ_from_its_short_piece_in_the_model_alone(scale, number):
+    folder = Path(__file__).parents[2] / "experiments"
+    variants, short = (
+        load_sweep(folder / f"{file}.py", scale) for file in ("zoology_variants", "zoology_figure2_short")
+    )
+    assert len(variants) == number
+    assert {(run.architecture, run.model.n_layers, run.model.channel_mixer) for run in variants} == {
+        ("base_conv", 4, "identity"), ("hyena", 2, "mlp"), ("rwkv4", 2, "mlp"),
+    }  # fmt: skip
+    released = {"n_layers": 2, "channel_mixer": "identity"}
+    same = [run.model_copy(update={"model": run.model.model_copy(update=released)}).run_id for run in variants]
+    assert set(same) <= {run.run_id for run in short}
+    assert len(set(same)) == number
+
+
 def test_another_model_is_no_match():
     point = next(p for p in published.points("based_figure2") if p.architecture == "deltanet")
     assert published.matches(point, model(64, CONV, layer("deltanet", num_heads=2)), 1024)
