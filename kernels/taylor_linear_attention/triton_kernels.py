@@ -26,17 +26,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.linear_recurrence.triton_chunks import operand
+
 
 # ---------------------------------------------------------------- pieces
-@triton.jit
-def _operand(x, OP: tl.constexpr, PREC: tl.constexpr):
-    """An operand of a product; for tf32 rounded, where the tensor cores would cut digits off."""
-    x = x.to(OP)
-    if PREC == "tf32" and x.dtype != tl.bfloat16:
-        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return x
-
-
 @triton.jit
 def _kinds(c, F: tl.constexpr):
     """Whether feature c is linear, and whether it is the constant."""
@@ -180,11 +173,11 @@ def _gather(
 def _scatter(b_a, e, b_dx, OP: tl.constexpr, PREC: tl.constexpr):
     """b_dx + b_a e; a one-hot e has few digits, so that two products of tf32 do what else takes three."""
     if PREC == "tf32x3":
-        b_hi = _operand(b_a, OP, "tf32")
+        b_hi = operand(b_a, OP, "tf32")
         b_dx = tl.dot(b_hi, e, acc=b_dx, input_precision="tf32")
         b_dx = tl.dot(b_a - b_hi, e, acc=b_dx, input_precision="tf32")
     else:
-        b_dx = tl.dot(_operand(b_a, OP, PREC), e, acc=b_dx, input_precision=PREC)
+        b_dx = tl.dot(operand(b_a, OP, PREC), e, acc=b_dx, input_precision=PREC)
     return b_dx
 
 
@@ -316,9 +309,9 @@ def _absorb(
     With COLUMNS, c is [C, 16] from `_columns` and z as in `_spread`; else c is 1 and z a vector.
     """
     b_p = _features_t(x_t, p_x, b_m, i_b, EVEN, F, BF, OP, PREC, PARTS, GATHER)
-    b_s = tl.dot(_operand(b_p, OP, PREC), b_y, acc=b_s, input_precision=PREC)
+    b_s = tl.dot(operand(b_p, OP, PREC), b_y, acc=b_s, input_precision=PREC)
     if COLUMNS:
-        b_z = tl.dot(_operand(b_p, OP, PREC), b_c, acc=b_z, input_precision=PREC)
+        b_z = tl.dot(operand(b_p, OP, PREC), b_c, acc=b_z, input_precision=PREC)
     elif WITH_Z:
         b_z += tl.sum(b_p, 1)
     return b_s, b_z
@@ -414,7 +407,7 @@ def _state_kernel(
         b_y = _load(y_ptr + o_t[:, None] * H * V + o_v[None, :], m_t[:, None] & (o_v < V)[None, :], EVEN)
         p_x = x_ptr + o_t * H * F
         b_xt = tl.trans(b_x.to(OP))
-        b_y = _operand(b_y, OP, PREC)
+        b_y = operand(b_y, OP, PREC)
         b_m = m_t.to(tl.float32)
         b_c = _columns(_load(c_ptr + o_t * H, m_t, EVEN) if HAS_C else b_m, OP)
         b_s0, b_z0 = _absorb(
@@ -557,7 +550,7 @@ def _read(
         b_p = x1 * x2 * _weights(i_b, scale, F, BF)[None, :]
     if NORMALISE:
         b_n += tl.sum(b_p * b_z[None, :], 1)
-    b_o = tl.dot(_operand(b_p, OP, PREC), _operand(b_s, OP, PREC), acc=b_o, input_precision=PREC)
+    b_o = tl.dot(operand(b_p, OP, PREC), operand(b_s, OP, PREC), acc=b_o, input_precision=PREC)
     return b_o, b_n
 
 
@@ -642,7 +635,7 @@ def _apply_kernel(
         b_o = tl.zeros([C, BV], tl.float32)
         if CAUSAL:
             b_xs = _load(xs_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
-            b_ys = _operand(_load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN), OP, PREC)
+            b_ys = operand(_load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN), OP, PREC)
             b_xst = tl.trans(b_xs)
         if CAUSAL and INSIDE:
             b_w = tl.dot(b_x, b_xst, input_precision=PREC) * scale
@@ -650,7 +643,7 @@ def _apply_kernel(
             b_w = tl.where(m_c, 1.0 + b_w * (1.0 + 0.5 * b_w), 0.0)
             if NORMALISE:
                 b_n = tl.sum(b_w, 1)
-            b_o = tl.dot(_operand(b_w, OP, PREC), b_ys, acc=b_o, input_precision=PREC)
+            b_o = tl.dot(operand(b_w, OP, PREC), b_ys, acc=b_o, input_precision=PREC)
 
         b_o, b_n = _read(b_x, p_x, b_m, b_s0, b_z0, b_o, b_n, scale, i_0, NORMALISE, F, BF, OP, PREC, PARTS, GATHER)
         if CAUSAL:
@@ -766,7 +759,7 @@ def _pull_back(
     """Add to b_dx [C, FP] the gradient of x behind the features of block i_b, dphi(x) = S y + z c, c [C, 16]."""
     e2, _ = _select(i_b, 2, F, b_x.shape[1], BF, OP)
     if PARTS == 1 and not GATHER and b_x.shape[1] == F and BF % F == 0:
-        b_g = tl.dot(b_y, tl.trans(_operand(b_s, OP, PREC)), input_precision=PREC)
+        b_g = tl.dot(b_y, tl.trans(operand(b_s, OP, PREC)), input_precision=PREC)
         b_g = tl.dot(b_c, tl.trans(_z_operand(b_z, OP)), acc=b_g, input_precision=PREC)
         b_g = tl.reshape(b_g, (b_x.shape[0], BF // F, F))
         b_1 = b_g * _second(b_x, i_b, F, BF, OP, PREC)
@@ -777,12 +770,12 @@ def _pull_back(
             b_1 = tl.where(g == F // 2 + 1, b_g / scale, b_1)
         b_dx += tl.sum(b_1, 1) * (scale * scale)
         b_g = tl.reshape(b_g * _repeat(b_x, scale, i_b, F, BF), (b_x.shape[0], BF))
-        b_dx += tl.dot(_operand(b_g, OP, PREC), e2, input_precision=PREC)
+        b_dx += tl.dot(operand(b_g, OP, PREC), e2, input_precision=PREC)
     else:
         # One factor after the other: both at once would not fit in the registers.
         b_w = _weights(i_b, scale, F, BF)
         e1, _ = _select(i_b, 1, F, b_x.shape[1], BF, OP)
-        b_g = tl.dot(b_y, tl.trans(_operand(b_s * b_w[:, None], OP, PREC)), input_precision=PREC)
+        b_g = tl.dot(b_y, tl.trans(operand(b_s * b_w[:, None], OP, PREC)), input_precision=PREC)
         b_g = tl.dot(b_c, tl.trans(_z_operand(b_z * b_w[:, None], OP)), acc=b_g, input_precision=PREC)
         if GATHER:
             b_dx = _scatter(b_g * _gather(p_x, b_m, i_b, 2, False, F, BF), e1, b_dx, OP, PREC)
@@ -873,12 +866,12 @@ def _dx_kernel(
         m_f = m_t[:, None] & (o_f < F)[None, :]
         m_v = m_t[:, None] & (o_v < V)[None, :]
         b_x = _load(x_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
-        b_y = _operand(_load(y_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN), OP, PREC)
+        b_y = operand(_load(y_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN), OP, PREC)
         b_m = m_t.to(tl.float32)
         p_x, p_xs = x_ptr + o_t * H * F, xs_ptr + o_t * H * F
         if CAUSAL:
             b_xs = _load(xs_ptr + o_t[:, None] * H * F + o_f[None, :], m_f, EVEN).to(OP)
-            b_ys = _operand(_load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN), OP, PREC)
+            b_ys = operand(_load(ys_ptr + o_t[:, None] * H * V + o_v[None, :], m_v, EVEN), OP, PREC)
             b_d = _load(c_ptr + o_t * H, m_t, EVEN)
             b_c = b_m if REVERSE else b_d
             b_cs = b_d if REVERSE else b_m
@@ -894,7 +887,7 @@ def _dx_kernel(
             b_g = tl.dot(b_y, tl.trans(b_ys), input_precision=PREC) + b_c[:, None] * b_cs[None, :]
             m_c = o_t[:, None] <= o_t[None, :] if REVERSE else o_t[:, None] >= o_t[None, :]
             b_ds = tl.where(m_c, (1.0 + b_ds) * b_g * scale, 0.0)
-            b_dx = tl.dot(_operand(b_ds, OP, PREC), b_xs, acc=b_dx, input_precision=PREC)
+            b_dx = tl.dot(operand(b_ds, OP, PREC), b_xs, acc=b_dx, input_precision=PREC)
         if CAUSAL:
             b_cs = _columns(b_cs, OP)
 
