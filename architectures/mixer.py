@@ -134,10 +134,17 @@ class SequenceMixer(nn.Module):
         return sum(self.state_fields(seq_len).values())
 
     def state_fields(self, seq_len: int) -> dict[str, int]:
-        """Elements of each state field for one sequence of length `seq_len`."""
+        """Elements of each state field for one sequence of length `seq_len`, an int of at least 0.
+
+        Raises ValueError for another length, and TypeError for a state that is no NamedTuple.
+        """
+        if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 0:
+            raise ValueError(f"seq_len={seq_len!r}: must be a whole number >= 0")
         state = self.init_state(1, seq_len, device="meta")
         if not isinstance(state, tuple):
-            raise TypeError(f"{type(self).__name__}.init_state must return a NamedTuple of tensors, got {state!r:.60}")
+            raise TypeError(
+                f"{type(self).__name__}.init_state must return a NamedTuple of tensors, got {type(state).__name__}"
+            )
         return {name: count_elements(tensor) for name, tensor in state_tensors(state)}
 
     def state_bytes(self, seq_len: int, dtype: torch.dtype | None = None) -> int:
@@ -163,9 +170,14 @@ class SequenceMixer(nn.Module):
     # -- checks ---------------------------------------------------------------------------------------------
 
     def check_input(self, x: Tensor) -> None:
-        """Raise ValueError unless x is [B, T, D]: many a mixer would take [T, D] for T sequences of one token."""
+        """Raise ValueError unless x is [B, T, D] of a floating dtype.
+
+        Many a mixer would take [T, D] for T sequences of one token.
+        """
         if x.ndim != 3 or x.shape[2] != self.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}; allowed: [B, T, {self.d_model}]")
+        if not x.is_floating_point():
+            raise ValueError(f"x has dtype {x.dtype}; allowed: a floating dtype (a mixer reads embeddings, not tokens)")
 
     def check_state(self, x: Tensor, state: State) -> None:
         """Refuse a state of another architecture, configuration, batch size, device or dtype.

@@ -211,12 +211,14 @@ def test_a_16_bit_mixer_does_not_forget_how_to_count(name):
     assert float((y.double() - exact).norm() / exact.norm()) < 0.06
 
 
-def test_an_input_of_another_shape_is_refused(name):
+def test_an_input_of_another_shape_or_dtype_is_refused(name):
     """[T, D] is not T sequences of one token, whatever would come out."""
     mixer = build(name)
     for shape in [(LENGTH, WIDTH), (BATCH, LENGTH, WIDTH + 1), (BATCH, LENGTH, 1, WIDTH)]:
         with pytest.raises(ValueError, match=re.escape(f"x has shape {shape}; allowed: [B, T, {WIDTH}]")):
             mixer(torch.zeros(shape, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"x has dtype torch\.int64; allowed: a floating dtype"):
+        mixer(torch.zeros(BATCH, LENGTH, WIDTH, dtype=torch.int64))
 
 
 def test_wrong_options_are_refused(name):

@@ -262,10 +262,16 @@ def test_a_form_that_is_missing_is_named(tmp_path):
     with pytest.raises(NotImplementedError, match="Nothing defines no init_state"):
         mixer.state_size(8)
     mixer.init_state = lambda *args, **options: torch.zeros(1, 4, device=options["device"])
-    with pytest.raises(TypeError, match="init_state must return a NamedTuple of tensors, got tensor"):
+    with pytest.raises(TypeError, match="init_state must return a NamedTuple of tensors, got Tensor"):
         mixer.state_size(8)
     with pytest.raises(NotImplementedError, match="Nothing defines no step"):
         mixer(torch.zeros(1, 3, 4))
+
+
+@pytest.mark.parametrize("seq_len", [-1, 8.0, "8", True])
+def test_a_state_is_counted_at_a_length_only(seq_len):
+    with pytest.raises(ValueError, match=f"seq_len={seq_len!r}: must be a whole number >= 0"):
+        architectures.create("attention", d_model=4).state_size(seq_len)
 
 
 # -- outside packages --------------------------------------------------------------------------------------------
