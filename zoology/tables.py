@@ -66,7 +66,7 @@ _COMMON_OPTIONS = frozenset({"d_model", "backend", "layer_idx", "n_layers"})
 def replace_tables(text: str) -> str:
     """`text` with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew for every known NAME.
 
-    Raises ValueError for a marker with an unknown name.
+    Raises ValueError for a marker with an unknown name, and where there is none.
     """
 
     def fresh(match: re.Match) -> str:
@@ -75,7 +75,10 @@ def replace_tables(text: str) -> str:
             raise ValueError(f"unknown table {name!r}: there are {', '.join(TABLES)}")
         return f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fresh, text, flags=re.DOTALL)
+    text, count = re.subn(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fresh, text, flags=re.DOTALL)
+    if not count:
+        raise ValueError(f"nothing between <!-- table: NAME --> and <!-- end -->; names are {', '.join(TABLES)}")
+    return text
 
 
 def rewrite(arguments: Sequence[str] | None, prog: str, what: str, replace: Callable[[str, Path], str]) -> int:

@@ -34,6 +34,8 @@ def test_tables_are_todays():
 def test_an_unknown_table_is_refused():
     with pytest.raises(ValueError, match="unknown table 'animals': there are architectures, tasks"):
         tables.replace_tables("<!-- table: animals -->\n<!-- end -->")
+    with pytest.raises(ValueError, match="nothing between <!-- table: NAME -->"):
+        tables.replace_tables("no table")
 
 
 def test_a_file_that_cannot_be_made_anew_is_named(tmp_path, capsys):

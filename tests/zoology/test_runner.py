@@ -477,6 +477,16 @@ def test_a_mixer_without_a_state_stops_the_plan(make_run, monkeypatch):
         plan.make_plan([make_run()], "cpu")
 
 
+def test_a_mistake_in_a_mixer_stops_the_plan_and_is_located(make_run, monkeypatch):
+    def broken(self, d_model, **options):
+        self.no_such_attribute  # noqa: B018
+
+    monkeypatch.setattr(architectures.registry.get("attention").cls, "__init__", broken)
+    told = r"attention \(d_model=16\): AttributeError: 'Attention' object has no attribute .*test_runner\.py:\d+\)$"
+    with pytest.raises(PlanError, match=told):
+        plan.make_plan([make_run()], "cpu")
+
+
 def test_a_backend_that_cannot_run_here_stops_the_plan(make_run):
     run = make_run(("base_conv", "based"))
     named = run.model.layers[1].model_copy(update={"options": {"backend": "triton"}})
@@ -529,6 +539,8 @@ def test_only_keeps_architectures_and_lists_those_there_are(make_run):
     assert plan.keep_only(runs, ["based"]) == [runs[1]]
     with pytest.raises(PlanError, match="--only mamba: not in this sweep, which has attention, based"):
         plan.keep_only(runs, ["based", "mamba"])
+    with pytest.raises(PlanError, match="--only names no architecture: this sweep has attention, based"):
+        plan.keep_only(runs, [])
 
 
 def test_seeds_replace_those_of_the_experiment(make_run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -90,8 +91,10 @@ def load_sweep(path: Path | str, scale: str) -> list[RunConfig]:
 def keep_only(runs: Sequence[RunConfig], names: Sequence[str]) -> list[RunConfig]:
     """The runs of the named architectures. Raises PlanError for no name, or one that no run has."""
     known = sorted({run.architecture for run in runs})
+    if not names:
+        raise PlanError(f"--only names no architecture: this sweep has {', '.join(known)}")
     unknown = [name for name in names if name not in known]
-    if unknown or not names:
+    if unknown:
         raise PlanError(f"--only {','.join(unknown)}: not in this sweep, which has {', '.join(known)}")
     return [run for run in runs if run.architecture in names]
 
@@ -168,6 +171,11 @@ def _measure(run: RunConfig, device: str) -> Size:
         )
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise PlanError(f"{run.architecture} ({point_label(run.model)}): {error}") from error
+    except Exception as error:  # a mistake in a mixer: where it is, as the command shows no traceback
+        frames = traceback.extract_tb(error.__traceback__)
+        place = [frame for frame in frames if "site-packages" not in frame.filename][-1]
+        told = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+        raise PlanError(f"{run.architecture} ({point_label(run.model)}): {told}") from error
 
 
 def _check_backends(model: LanguageModel, run: RunConfig, lengths: Iterable[int], device: str) -> None:
