@@ -14,13 +14,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 EXPERIMENT = EXPERIMENTS / "jrt_small_state.py"
 
 
-@pytest.fixture(autouse=True)
-def own_weight():
-    """Registered for one test: others list what is registered."""
-    registry.load_file(EXPERIMENTS / "own_weight.py")
-    yield
-    for name in ("own_weight", "own_weight_prefix"):
-        del registry._entries[name]
+pytestmark = pytest.mark.usefixtures("own_weight")
 
 
 @pytest.mark.parametrize(
