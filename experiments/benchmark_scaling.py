@@ -1,17 +1,16 @@
 """How a sweep scales over the GPUs of a machine: the same work for each, first on one of them, then on all.
 
-    python experiments/benchmark_scaling.py [--jobs N] [--epochs N] [--precision bf16] [--json FILE]
+    python experiments/benchmark_scaling.py [--jobs N] [--rates N] [--epochs N] [--precision bf16] [--json FILE]
 
-The work of a GPU: attention and Based, d_model 128, on the data of Based, Fig. 2, with a seed of the GPU's own, at
-four learning rates. Every run has all its epochs. Workers are started, and build what they train, in a sweep of one
-epoch before; training, validation, scoring and files count. What to look at is the ratio of runs per second: the
+The work of a GPU: Based, d_model 128, on the data of Based, Fig. 2, with a seed of the GPU's own, at several learning
+rates. Every run has all its epochs. Every worker has started and built the model before: a run that builds within the
+clock is an error. Training, validation, scoring and files count. What to look at is the ratio of runs per second: the
 target on four GPUs is 3.5.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import tempfile
@@ -29,47 +28,31 @@ from zoology.runner.driver import run_sweep
 from zoology.runner.progress import PlainView
 from zoology.runner.worker import versions
 
-MEMBERS = {"paper": {"attention": (128, {}), "based": (128, {"feature_dim": 16})},
-           "smoke": {"attention": (32, {}), "based": (32, {"feature_dim": 8})}}  # fmt: skip
+MODELS = {"paper": (128, {"feature_dim": 16}), "smoke": (32, {"feature_dim": 8})}
 SWEEP = Path(__file__).with_name("mqar_sweep.py")
 
 
-class KeptWorkers(LocalEngine):
-    """Workers that outlive a sweep. All start here: that changes the environment, which several threads must not."""
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        for worker in self._workers:
-            worker._spawn()
-
-    def on(self, devices: list[str]) -> KeptWorkers:
-        """Those on some devices."""
-        some = copy.copy(self)
-        some._workers = [worker for worker in self._workers if worker.setup.device in devices]
-        return some
-
-    def stop(self) -> None:
-        """Called at the end of a sweep."""
-
-    def end(self) -> None:
-        super().stop()
-
-
-def work(scale: str, seeds: list[int], epochs: int, precision: str) -> list[RunConfig]:
-    """The members of the sweep at all learning rates, with each seed."""
+def work(scale: str, seeds: list[int], rates: int, epochs: int, precision: str) -> list[RunConfig]:
+    """The model of the sweep that is trained here, with each seed at `rates` learning rates."""
+    width, options = MODELS[scale]
+    run = next(
+        run
+        for run in plan.load_sweep(SWEEP, scale)
+        if (run.architecture, run.model.d_model) == ("based", width)
+        and options.items() <= run.model.layers[-1].options.items()
+    )
     found = []
-    for run in plan.load_sweep(SWEEP, scale):
-        width, options = MEMBERS[scale].get(run.architecture, (0, {}))
-        if run.model.d_model == width and options.items() <= run.model.layers[-1].options.items():
-            train = run.train.model_copy(update={"epochs": epochs, "stop_accuracy": None})
-            for seed in seeds:
-                found.append(run.model_copy(update={"seed": seed, "train": train}))
+    for seed in seeds:
+        for index in range(rates):
+            lr = 1e-3 * 10 ** (index / rates)
+            train = run.train.model_copy(update={"lr": lr, "epochs": epochs, "stop_accuracy": None})
+            found.append(run.model_copy(update={"seed": seed, "train": train}))
     return plan.with_precision(found, precision)
 
 
-def timed(configs: list[RunConfig], engine: KeptWorkers, devices: list[str], folder: Path) -> dict:
-    """Seconds of a sweep on these devices, and of its runs; raises RuntimeError if one failed."""
-    runs, engine = plan.make_plan(configs, devices[0]), engine.on(devices)
+def timed(configs: list[RunConfig], engine: LocalEngine, devices: list[str], folder: Path) -> dict:
+    """Seconds of a sweep on the workers of these devices, and of its runs; raises RuntimeError if one failed."""
+    runs = plan.make_plan(configs, devices[0])
     estimate, memory = known_from(runs, {})
     start = time.perf_counter()
     outcome = run_sweep(runs, engine, folder, PlainView(Console()), total=len(runs), estimate=estimate, memory=memory)
@@ -94,10 +77,11 @@ def timed(configs: list[RunConfig], engine: KeptWorkers, devices: list[str], fol
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", help="as of zoology.run (default: all GPUs)")
-    parser.add_argument("--scale", default="paper", choices=sorted(MEMBERS))
+    parser.add_argument("--scale", default="paper", choices=sorted(MODELS))
     parser.add_argument(
         "--jobs", type=int, default=JOBS_PER_GPU, help=f"runs at once per GPU (default: {JOBS_PER_GPU})"
     )
+    parser.add_argument("--rates", type=int, default=8, help="runs of each GPU (default: 8)")
     parser.add_argument("--epochs", type=int, default=8, help="epochs of every run (default: 8)")
     parser.add_argument("--precision", default="bf16", help="fp32, tf32 or bf16 (default: bf16)")
     parser.add_argument("--json", type=Path, help="write the record to this file")
@@ -115,31 +99,37 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         needs = {"jobs": options.jobs, "architecture_files": None, "experiment": SWEEP}
-        engine = KeptWorkers(worker_setups(needs, devices, folder), memory=plan.device_memory(devices))
+        setups = worker_setups(needs, devices, folder)
+        engine = LocalEngine(setups, memory=plan.device_memory(devices))
 
-        def keep(name: str, configs: list[RunConfig], where: list[str]) -> dict:
+        def on(where: list[str]) -> LocalEngine:
+            return engine.part(index for index, setup in enumerate(setups) if setup.device in where)
+
+        def sweep(seeds: list[int], rates: int, epochs: int) -> list[RunConfig]:
+            return work(options.scale, seeds, rates, epochs, options.precision)
+
+        def keep(name: str, seeds: list[int], where: list[str]) -> dict:
             print(f"{name}: {len(where)} devices", flush=True)
-            found = result[name] = timed(configs, engine, where, folder)
+            found = result[name] = timed(sweep(seeds, options.rates, options.epochs), on(where), where, folder)
             print(f"{name}: {found['runs']} runs in {found['seconds']:.1f} s", flush=True)
             if options.json:
                 options.json.write_text(json.dumps(result, indent=1) + "\n")
+            if any(found["build_seconds"]):
+                raise RuntimeError(f"{name}: models were built within the clock, for {found['build_seconds']} seconds")
             return found
 
-        def sweep(seeds: list[int], epochs: int) -> list[RunConfig]:
-            return work(options.scale, seeds, epochs, options.precision)
-
         try:
+            engine.launch()
 
             def build(index: int) -> None:
-                first = {run.architecture: run for run in sweep([100 + index], 1)}
-                timed(list(first.values()), engine, [devices[index]], folder)
+                timed(sweep([1000 + index], 1, 1), engine.part([index]), [setups[index].device], folder)
 
-            with ThreadPoolExecutor() as pool:  # each GPU for itself: in one sweep a model would be built by one worker
-                list(pool.map(build, range(len(devices))))
-            one = keep("one", sweep([10], options.epochs), devices[:1])
-            several = keep("all", sweep(list(range(len(devices))), options.epochs), devices)
+            with ThreadPoolExecutor(len(setups)) as pool:  # each worker for itself, or the first would do all of it
+                list(pool.map(build, range(len(setups))))
+            one = keep("one", [100], devices[:1])
+            several = keep("all", list(range(len(devices))), devices)
         finally:
-            engine.end()
+            engine.stop()
     result["ratio"] = several["runs_per_second"] / one["runs_per_second"]
     print(f"{len(devices)} devices have {result['ratio']:.2f} times the throughput of one", flush=True)
     if options.json:

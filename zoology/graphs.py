@@ -37,16 +37,13 @@ from kernels.linear_cross_entropy import choose_loss_backend
 from zoology.config import MaskedPrefix, RunConfig, Slice
 from zoology.data import Labelled, compact, hide_tokens
 from zoology.evaluate import Score, summarise
-from zoology.loops import Batches, Execution, Splits, backends_used, check_losses, epoch_rates
+from zoology.loops import KEPT_LOOPS, Batches, Execution, Splits, backends_used, check_losses, epoch_rates
 from zoology.model import LanguageModel
 from zoology.optimizer import FlatAdamW, Vectors, adamw_update
 from zoology.precision import autocast, computing_in
 from zoology.tasks import IGNORE_INDEX
 
 log = logging.getLogger("zoology")
-
-KEPT_LOOPS = 2
-"""How many loops a process keeps for later runs; each holds its graphs' memory."""
 
 PROBED_ROWS = 16
 """Examples of the first pass through a model: as many as kernels are compiled for that take whole batches."""

@@ -25,6 +25,9 @@ from zoology.tasks import IGNORE_INDEX
 Splits = dict[str, list[tuple[Slice, Labelled]]]
 Batches = list[tuple[int, Tensor]]  # (slice, rows) by step
 
+KEPT_LOOPS = 2
+"""How many built loops a process keeps for later runs; each holds its graphs' memory."""
+
 
 class TrainingDiverged(RuntimeError):
     """The loss stopped being a number; the message names epoch and step."""

@@ -88,7 +88,7 @@ def engine(monkeypatch, tmp_path):
     def spawn(worker):
         worker.process = worker.connection = FakeProcess()
 
-    monkeypatch.setattr(local._Worker, "_spawn", spawn)
+    monkeypatch.setattr(local._Worker, "spawn", spawn)
     setups = [Setup(device, 1, str(tmp_path), (), None, None) for device in ("cuda:0", "cuda:1") * 2]
     engine = LocalEngine(setups, memory={"cuda:0": 10 * GB, "cuda:1": 10 * GB})
 

@@ -13,13 +13,14 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zoology.loops import KEPT_LOOPS
 from zoology.runner.worker import Failure, Setup, serve
 
 LEAVE_SECONDS = 5.0
@@ -91,7 +92,22 @@ class LocalEngine:
         """Points whose training step a free worker has compiled and need not compile again; None without a GPU."""
         if not any(worker.setup.device.startswith("cuda") for worker in self._workers):
             return None
-        return {worker.point_id for worker in self._workers if worker.run_id is None and worker.alive}
+        return {point for worker in self._workers if worker.run_id is None and worker.alive for point in worker.points}
+
+    def launch(self) -> None:
+        """Start every worker's process now, and not with its first run; threads may use `part`s after that."""
+        for worker in self._workers:
+            if not worker.alive:
+                worker.spawn()
+
+    def part(self, workers: Iterable[int]) -> LocalEngine:
+        """Some of the workers, by index, as an engine whose `stop` leaves them running, with what they have built.
+
+        A sweep on a part must not overlap with one on another that shares workers, or shares a GPU's memory.
+        """
+        found = _Part((), memory=self._memory)
+        found._workers = [self._workers[index] for index in workers]
+        return found
 
     def fits(self, point_id: str, needs: float) -> bool:
         """Whether a free worker's device has memory for a run of this point that needs so many bytes."""
@@ -106,7 +122,7 @@ class LocalEngine:
             for other in neighbours:
                 if other.run_id is None:
                     other.kill()  # what it keeps for later runs of its model is in the way
-        if needs == math.inf and worker.point_id != point_id:
+        if needs == math.inf and point_id not in worker.points:
             worker.kill()
         for other in neighbours:
             other.alone = False
@@ -126,7 +142,7 @@ class LocalEngine:
         ]
 
         def preference(worker: _Worker) -> tuple:
-            return worker.point_id != point_id, len(busy.get(worker.setup.device, ())), not worker.alive
+            return point_id not in worker.points, len(busy.get(worker.setup.device, ())), not worker.alive
 
         return min(places, key=preference, default=None)
 
@@ -183,6 +199,13 @@ class LocalEngine:
             worker.kill()
 
 
+class _Part(LocalEngine):
+    """Workers that belong to another engine."""
+
+    def stop(self) -> None:
+        """Leave them running."""
+
+
 class _Worker:
     """One worker process and the run it has."""
 
@@ -191,7 +214,7 @@ class _Worker:
         self.setup = setup
         self.timeout = timeout
         self.run_id: str | None = None
-        self.point_id: str | None = None  # of its latest run
+        self.points: list[str] = []  # of its latest runs: those whose training steps it keeps
         self.deadline: float | None = None
         self.needs = 0.0  # bytes, of its run
         self.held = 0.0  # bytes, kept after it
@@ -216,8 +239,9 @@ class _Worker:
 
     def start(self, run_id: str, point_id: str, config_json: str, needs: float) -> None:
         if not self.alive:
-            self._spawn()
-        self.run_id, self.point_id, self.needs = run_id, point_id, needs
+            self.spawn()
+        self.run_id, self.needs = run_id, needs
+        self.points = [*(point for point in self.points if point != point_id), point_id][-KEPT_LOOPS:]
         self.since, self.shared = time.monotonic(), 0.0
         self.deadline = time.monotonic() + START_SECONDS
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
@@ -225,7 +249,7 @@ class _Worker:
         with suppress(OSError):
             self.connection.send((run_id, config_json))
 
-    def _spawn(self) -> None:
+    def spawn(self) -> None:
         self.kill()
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
@@ -303,7 +327,8 @@ class _Worker:
             self.process.join()
             self.process.close()
             self.connection.close()
-        self.process = self.connection = self.point_id = None
+        self.process = self.connection = None
+        self.points = []
         self.held = 0.0
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import signal
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -210,6 +211,7 @@ class _Sweep:
         self.records: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         self.timed: set[str] = set()  # architectures of which a run finished here
+        self.quickest_build = 0.0  # seconds; 0 until one was measured
 
     def loop(self, stop: Callable[[], Exit | None]) -> Exit:
         progress = self.progress
@@ -227,18 +229,18 @@ class _Sweep:
         """The longest run that fits into memory beside those in progress; None if all have to wait.
 
         Where models are compiled, a run of a model that a free worker has goes first, then of one that nobody is at
-        work on, then of one that another worker has compiled: its code is on the disk then.
+        work on, then of one that another worker has compiled: its code is on the disk then. At the end of a sweep that
+        is left to the others if they are done with it before it would be built once more.
         """
         pending, built = self.progress.pending, self.engine.built
         if built is None:
             choices = iter(range(len(pending)))
         else:
             at_work = {active.run.point_id for active in self.progress.active.values()}
-            compiled = {active.run.point_id for active in self.progress.active.values() if active.epoch is not None}
             choices = itertools.chain(
                 (index for index, run in enumerate(pending) if run.point_id in built),
                 (index for index, run in enumerate(pending) if run.point_id not in at_work),
-                (index for index, run in enumerate(pending) if run.point_id in compiled),
+                self._to_be_built_again(),
             )
         refused: set[str] = set()
         for index in choices:
@@ -250,6 +252,21 @@ class _Sweep:
                 return run
             refused.add(run.point_id)
         return None
+
+    def _to_be_built_again(self) -> Iterator[int]:
+        """Pending runs of models that another worker has compiled, where that one is busy with them for long.
+
+        That is for longer than the quickest build of this sweep took, if there was one.
+        """
+        progress, waiting = self.progress, Counter()
+        workers = Counter(active.run.point_id for active in progress.active.values())
+        compiled = {active.run.point_id for active in progress.active.values() if active.epoch is not None}
+        for run in progress.pending:
+            if run.point_id in compiled:
+                seconds = progress.estimate.seconds(run)
+                waiting[run.point_id] += math.inf if seconds is None else seconds
+        worth = {point for point, seconds in waiting.items() if seconds > self.quickest_build * workers[point]}
+        yield from (index for index, run in enumerate(progress.pending) if run.point_id in worth)
 
     def _start(self, run: PlannedRun) -> None:
         folder = store.RunFolder(self.directory, run.run_id)
@@ -297,6 +314,8 @@ class _Sweep:
             self._fail(event.run_id, Failure("crashed", f"finished, but its result cannot be written: {error}"))
             return
         self.records[event.run_id] = record
+        if (build := record["execution"]["build_seconds"]) > 0:
+            self.quickest_build = min(build, self.quickest_build or build)
         self._learn_seconds(active.run, record["wall_seconds"])
         if event.peak_memory is not None:
             self.memory.observe(active.run, event.peak_memory, whole=True)
