@@ -6,7 +6,7 @@ python -m zoology.compare DIR --to published [--json]
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -374,14 +374,11 @@ def notes(comparison: Comparison) -> list[str]:
     rates = "" if whole == len(points) else f", {whole} of them at every learning rate"
     total = len(points) + len(comparison.missing)
     lines.append(f"{len(points)} of {total} published points run{rates}: {verdicts} the known spread")
-    near = [f"{(points['difference'].abs() <= limit + 1e-9).sum()} within {limit}" for limit in NEAR]
-    lines.append(f"of the published accuracy: {', '.join(near)}")
+    lines.append(_near_line(points))
     lines += _spread_lines(points)
     lines += [f"differs from the protocol in {text}" for text in comparison.departures]
-    for memory in _memories(comparison):
-        if any(row["decided"] for row in order(points, memory)):
-            summary, *pairs = order_lines(points, memory)
-            lines += [f"order at equal {_memory_name(memory)}: {summary}", *(f"  {pair}" for pair in pairs)]
+    for summary, *pairs in _orders(comparison):
+        lines += [summary, *(f"  {pair}" for pair in pairs)]
     lines.append(f"cost: {cost(comparison)}")
     lines += _unfinished_lines(comparison)
     if comparison.missing:
@@ -394,6 +391,24 @@ def notes(comparison: Comparison) -> list[str]:
     if comparison.left_out:
         lines.append(f"left out: {comparison.left_out} runs that were tested on other examples")
     return lines
+
+
+def headline(comparison: Comparison) -> list[str]:
+    """Of `notes` what the figure comes to: how near the points are, and how many pairs are in the published order."""
+    return [_near_line(comparison.points), *(summary for summary, *_ in _orders(comparison))]
+
+
+def _near_line(points: pd.DataFrame) -> str:
+    near = [f"{(points['difference'].abs() <= limit + 1e-9).sum()} within {limit}" for limit in NEAR]
+    return f"of the published accuracy: {', '.join(near)}"
+
+
+def _orders(comparison: Comparison) -> Iterator[list[str]]:
+    """By each measure of memory under which some pair is decided: how many are as published, and those that are not."""
+    for memory in _memories(comparison):
+        if any(row["decided"] for row in order(comparison.points, memory)):
+            summary, *pairs = order_lines(comparison.points, memory)
+            yield [f"order at equal {_memory_name(memory)}: {summary}", *pairs]
 
 
 def _spread_lines(points: pd.DataFrame) -> list[str]:

@@ -1,11 +1,13 @@
 """The README's results beside the published figures, generated from committed records.
 
-`python -m zoology.results_page README.md` draws the figures of every directory of FIGURES that holds records and
-rewrites the section in place. Without records there is no section.
+`python -m zoology.results_page README.md` draws the figures of every directory of FIGURES that holds records, writes a
+page beside these records (the table, what differs and why) and rewrites the README's section in place. Without records
+there is neither.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,10 +43,20 @@ def section(root: Path) -> str:
     for figure in FIGURES:
         comparisons = _comparisons(root / figure.directory)
         if comparisons:
-            parts.append(_part(figure, comparisons, _written(root / figure.directory)))
+            parts.append(_part(figure, comparisons))
     if not parts:
         return ""
     return "\n\n".join([f"{START}\n## Beside the published figures", *parts, END])
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """The page of every figure that has records under `root`, by where it belongs: a README beside these records."""
+    found = {}
+    for figure in FIGURES:
+        directory = root / figure.directory
+        if comparisons := _comparisons(directory):
+            found[directory / "README.md"] = _page(figure, comparisons, _written(directory))
+    return found
 
 
 def _comparisons(directory: Path) -> list[Comparison]:
@@ -55,7 +67,7 @@ def _comparisons(directory: Path) -> list[Comparison]:
 
 
 NOTES = "NOTES.md"
-"""What people write about a figure's results, beside its records: it is taken over after the table."""
+"""What people write about a figure's results, beside its records: its page takes it over after the table."""
 
 
 def _written(directory: Path) -> str:
@@ -63,23 +75,46 @@ def _written(directory: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
-def _part(figure: Figure, comparisons: Sequence[Comparison], written: str = "") -> str:
-    picture = f"![{figure.title}, measured and published]({figure.directory}/beside_published.png)"
-    command = f"python -m zoology.run {figure.experiment} --scale paper{_precision(comparisons)}"
-    notebook = f"notebooks/{Path(figure.directory).name}.ipynb"
-    told = (
-        f"*Filled markers are measured here, hollow ones published (grey: not run here); `{command}`, drawn from the "
-        f"raw records in [{figure.directory}]({figure.directory}). The table is that of `python -m zoology.compare "
-        f"{figure.directory}`. [One figure]({figure.directory}/learning_rates.png) has what the learning rate decides, "
-        f"[{notebook}]({notebook}) every slice and training times as well.*"
-    )
-    blocks = [f"### {figure.title}", _how_far(comparisons), picture, told]
+def _part(figure: Figure, comparisons: Sequence[Comparison]) -> str:
+    """What the README says of a figure."""
+    lines = [
+        f"{comparison.protocol.title}, {line}" if len(comparisons) > 1 else line
+        for comparison in comparisons
+        for line in compare.headline(comparison)
+    ]
+    table = f"[The table, what differs and why]({figure.directory}/README.md)."
+    picture = _picture(figure, comparisons, "")
+    return "\n\n".join([f"### {figure.title}", _how_far(comparisons), "\n".join(_items(lines)), table, picture])
+
+
+def _page(figure: Figure, comparisons: Sequence[Comparison], written: str) -> str:
+    """All there is to say of a figure, to stand beside its records."""
+    made = f"<!-- Made by `python -m zoology.results_page README.md` from the records and {NOTES}: edit that. -->"
+    picture = _picture(figure, comparisons, figure.directory)
+    blocks = [f"# {figure.title}, beside the published", made, _how_far(comparisons), picture]
     for comparison in comparisons:
         block = [markdown_table(comparison), "\n".join(_items(compare.notes(comparison)))]
         if len(comparisons) > 1:
             block = [f"<details><summary>{comparison.protocol.title}</summary>", *block, "</details>"]
         blocks += block
-    return "\n\n".join([*blocks, *filter(None, [written])])
+    return "\n\n".join([*blocks, *filter(None, [written])]) + "\n"
+
+
+def _picture(figure: Figure, comparisons: Sequence[Comparison], folder: str) -> str:
+    """The picture and its caption, linked from `folder`, which is relative to that of the README."""
+
+    def link(path: str) -> str:
+        return os.path.relpath(path, folder or ".").replace(os.sep, "/")
+
+    notebook = f"notebooks/{Path(figure.directory).name}.ipynb"
+    command = f"python -m zoology.run {figure.experiment} --scale paper{_precision(comparisons)}"
+    return (
+        f"![{figure.title}, measured and published]({link(f'{figure.directory}/beside_published.png')})\n\n"
+        f"*Filled markers are measured here, hollow ones published (grey: not run here); `{command}`, drawn from the "
+        f"raw records in [{figure.directory}]({link(figure.directory)}), as is the table of `python -m zoology.compare "
+        f"{figure.directory}`. [One figure]({link(f'{figure.directory}/learning_rates.png')}) has what the learning "
+        f"rate decides, [{notebook}]({link(notebook)}) every slice and training times as well.*"
+    )
 
 
 def _precision(comparisons: Sequence[Comparison]) -> str:
@@ -158,6 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def anew(text: str, folder: Path) -> str:
         print("\n".join(map(str, draw(folder))))
+        for path, page in pages(folder).items():
+            path.write_text(page, encoding="utf-8")
+            print(path)
         return replace_section(text, folder)
 
     return tables.rewrite(arguments, "zoology.results_page", "figures and results beside the published ones", anew)

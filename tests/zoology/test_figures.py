@@ -261,6 +261,9 @@ def root(tmp_path, made_up):
 def test_the_readme_has_the_section_of_its_records():
     text = (ROOT / "README.md").read_text()
     assert results_page.replace_section(text, ROOT) == text
+    pages = results_page.pages(ROOT)
+    assert list(pages) == [ROOT / figure.directory / "README.md" for figure in results_page.FIGURES]
+    assert {path: path.read_text() for path in pages} == pages
 
 
 def test_without_records_there_is_no_section(tmp_path):
@@ -268,6 +271,7 @@ def test_without_records_there_is_no_section(tmp_path):
     assert results_page.replace_section(text, tmp_path) == text
     filled = text.replace("## Layout", "<!-- results -->\nold\n<!-- end results -->\n\n## Layout")
     assert results_page.replace_section(filled, tmp_path) == text
+    assert results_page.pages(tmp_path) == {}
 
 
 def test_the_section_is_written_once_and_then_replaced(root):
@@ -276,23 +280,39 @@ def test_the_section_is_written_once_and_then_replaced(root):
     first = readme.read_text()
     assert first.startswith("# Title\n\ntext\n\n<!-- results -->\n## Beside the published figures\n")
     assert first.endswith("<!-- end results -->\n\n## Layout\n\nmore\n")
-    assert results_page.replace_section(first.replace("0.189", "0.5"), root) == first
+    assert results_page.replace_section(first.replace("12 of 47", "13 of 47"), root) == first
     drawn = {path.name for path in (root / results_page.FIGURES[0].directory).glob("*.png")}
     assert drawn == {"beside_published.png", "learning_rates.png"}
     assert "`python -m zoology.run experiments/mqar_sweep.py --scale paper`" in first
     pictures = [line.split("(")[1][:-1] for line in first.splitlines() if line.startswith("![")]
     assert pictures == ["experiments/results/based_figure2/beside_published.png"]
     assert (root / pictures[0]).is_file()
+    page = root / results_page.FIGURES[0].directory / "README.md"
+    assert "](experiments/results/based_figure2/README.md)" in first
+    assert "](beside_published.png)" in page.read_text()
+    assert "](../../../notebooks/based_figure2.ipynb)" in page.read_text()
 
 
-def test_the_section_says_how_far_it_is_and_takes_over_what_was_written(root, made_up):
+def test_section_and_page_say_how_far_it_is_and_the_page_takes_over_what_was_written(root, made_up):
     bare, runs = (root / "README.md").read_text(), len(made_up["mqar_sweep.py"])
-    section = results_page.replace_section(bare, root)
-    assert f"**12 of 47 published points have been run so far**, in {runs} runs." in section
+    far = f"**12 of 47 published points have been run so far**, in {runs} runs."
+    assert far in results_page.replace_section(bare, root)
     (root / results_page.FIGURES[0].directory / results_page.NOTES).write_text("Why they differ.\n")
-    assert results_page.replace_section(section, root).endswith(
-        "\n\nWhy they differ.\n\n<!-- end results -->\n\n## Layout\n\nmore\n"
-    )
+    (page,) = results_page.pages(root).values()
+    assert far in page
+    assert page.endswith("\n\nWhy they differ.\n")
+    assert "Why they differ." not in results_page.replace_section(bare, root)
+
+
+def test_the_section_has_the_headlines_of_the_notes(based, zoology):
+    headline = compare.headline(based)
+    assert [line for line in compare.notes(based) if line in headline] == headline
+    assert [line.split(":")[0] for line in headline] == [
+        "of the published accuracy", "order at equal memory as the field counts it", "order at equal measured memory",
+    ]  # fmt: skip
+    for line in headline:
+        assert f"\n- {line}\n" in results_page._part(results_page.FIGURES[0], [based])
+    assert "\n- Zoology, Fig. 2, length 64, of the published" in results_page._part(results_page.FIGURES[1], zoology)
 
 
 def test_the_section_counts_lengths_of_which_nothing_was_run(zoology):
@@ -321,7 +341,7 @@ def test_the_section_names_the_precision_of_all_runs(paper_runs, make_record):
 
 
 def test_several_lengths_are_folded(zoology):
-    text = results_page._part(results_page.FIGURES[1], zoology)
+    text = results_page._page(results_page.FIGURES[1], zoology, "")
     assert [line for line in text.splitlines() if line.startswith("<details>")] == [
         f"<details><summary>Zoology, Fig. 2, length {length}</summary>" for length in (64, 128, 256, 512)
     ]

@@ -10,6 +10,7 @@ import torch
 import architectures
 from architectures import registry
 from zoology import __main__, tables, tasks
+from zoology.runner import plan
 from zoology.tasks import registry as task_registry
 
 README = Path(__file__).parents[2] / "README.md"
@@ -65,10 +66,14 @@ def test_the_commands_have_the_options_that_are_shown(module, arguments, monkeyp
         assert (README.parent / path).exists()
 
 
-def test_every_link_leads_somewhere():
-    links = re.findall(r"\]\(([^)\s]+)\)", README.read_text())
-    assert len(links) > 10
-    assert [link for link in links if "://" not in link and not (README.parent / link.split("#")[0]).exists()] == []
+PAGES = [README, *sorted(README.parent.glob("experiments/results/*/*.md")), *README.parent.glob("kernels/*/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(README.parent)))
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    assert page != README or len(links) > 10
+    assert [link for link in links if "://" not in link and not (page.parent / link.split("#")[0]).exists()] == []
 
 
 def test_every_table_row_names_its_state():
@@ -97,6 +102,24 @@ def test_the_architecture_example_is_an_architecture(tmp_path):
         assert mixer.state_size(1000) == 8
     finally:
         registry._entries.pop("decay_average", None)
+
+
+def test_the_use_example_runs(capsys):
+    namespace = {"__name__": "readme_use"}
+    exec(compile(example("use"), "README.md", "exec"), namespace)
+    assert namespace["elements"] == sum(part[0].numel() for part in namespace["state"]) == 9945
+    assert namespace["y"].shape == (2, 64)
+    assert "9,945 = kv 9,792 + key_sum 153" in capsys.readouterr().out
+
+
+def test_the_experiment_example_is_a_plan(tmp_path):
+    path = tmp_path / "my_sweep.py"
+    path.write_text(example("experiment"))
+    runs = plan.make_plan(plan.load_sweep(path, "laptop"), "cpu")
+    assert sorted((run.config.model.d_model, run.config.train.lr) for run in runs) == [
+        (32, 5e-3), (32, 1e-2), (64, 5e-3), (64, 1e-2),
+    ]  # fmt: skip
+    assert {run.size.state_bytes[64] for run in runs} == {4 * (32 * 2 + 2 * 8 * 16), 4 * (64 * 2 + 2 * 16 * 32)}
 
 
 def test_the_task_example_is_a_task():
