@@ -5,10 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import zoology
 from zoology.config import TrainConfig
 from zoology.data import epoch_batches, load_split
+from zoology.evaluate import Score, summarise
+from zoology.loops import EagerLoop
 from zoology.tasks import MQAR
 from zoology.train import TrainingDiverged, learning_rate, train
 
@@ -47,6 +50,36 @@ def test_best_epoch_is_the_one_scored(make_run):
     assert outcome.selected_epoch == 1 + accuracies.index(max(accuracies))
     mean = sum(score.accuracy for score in outcome.validation.values()) / 2
     assert mean == pytest.approx(max(accuracies))
+
+
+def test_of_equal_epochs_the_first_is_best_and_the_threshold_itself_is_not_above_it(make_run, monkeypatch):
+    given = iter([0.25, 0.75, 0.75, 0.5])
+
+    def scores(loop, split):
+        accuracy = next(given) if split == "validation" else 0.0
+        return {part.label: Score(accuracy, 0.0, 1) for part in loop.config.data.test}
+
+    monkeypatch.setattr(EagerLoop, "score", scores)
+    outcome = train(make_run(epochs=3, select="best", stop_accuracy=0.75))
+    assert [epoch.validation_accuracy for epoch in outcome.epochs] == [0.25, 0.75, 0.75]
+    assert outcome.selected_epoch == 2
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.01])
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(make_run, clip_norm):
+    norms = []
+
+    def note(optimizer, *_):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(float(torch.stack([grad.norm() for grad in grads]).norm()))
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        train(make_run(epochs=1, clip_norm=clip_norm))
+    finally:
+        hook.remove()
+    assert len(norms) == 6
+    assert all(norm == pytest.approx(0.01, rel=1e-3) if clip_norm else norm > 0.1 for norm in norms)
 
 
 def test_a_loss_that_is_no_number_names_the_step(make_run):
@@ -103,6 +136,14 @@ def test_evaluate_scores_a_perfect_and_a_blind_callable():
     assert perfect == (1.0, 0.0, 50)
     blind = zoology.evaluate(lambda tokens: torch.zeros(*tokens.shape, 32), TASK, 50, 0)
     assert blind.accuracy == 0.0
+
+
+def test_a_score_has_the_standard_error_of_its_mean():
+    score = summarise(torch.tensor([1.0, 0.0, 1.0, 0.5, 1.0], dtype=torch.float64))
+    assert score.accuracy == pytest.approx(0.7)
+    assert score.stderr == pytest.approx(math.sqrt((3 * 0.3**2 + 0.7**2 + 0.2**2) / 4 / 5))
+    assert score.num_examples == 5
+    assert math.isnan(summarise(torch.ones(1)).stderr)
 
 
 def test_evaluate_takes_shifted_logits_and_output_objects():
