@@ -21,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from zoology.config import RunConfig
+from zoology.devices import resolve_devices
 from zoology.engines.local import LocalEngine
 from zoology.run import JOBS_PER_GPU, git_commit, known_from, worker_setups
 from zoology.runner import plan
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", help="fp32, tf32 or bf16 (default: bf16)")
     parser.add_argument("--json", type=Path, help="write the record to this file")
     options = parser.parse_args()
-    devices = plan.resolve_devices(options.device)
+    devices = resolve_devices(options.device)
 
     result = {
         "cores": len(os.sched_getaffinity(0)),

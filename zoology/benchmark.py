@@ -42,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoology.config import DataConfig, ModelConfig, RunConfig, Slice, TrainConfig, layer, learning_rates
 from zoology.data import gather_labels
-from zoology.doctor import choose_device
+from zoology.devices import choose_device
 from zoology.graphs import MODES, StaticLoop, fetch_loop, forget_loops
 from zoology.loops import EagerLoop
 from zoology.model import LanguageModel

@@ -32,6 +32,7 @@ from rich.table import Table
 import architectures
 from architectures import backends, parity
 from architectures.mixer import SequenceMixer
+from zoology.devices import choose_device
 from zoology.engines.isolated import Died, run_isolated
 
 Status = Literal["used", "available", "missing", "refused", "failed", "untried"]
@@ -328,23 +329,6 @@ def _number(value: float) -> float | None:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def choose_device(text: str) -> torch.device:
-    """The device of `--device`: "auto" is the GPU if there is one. Raises ValueError if there is none such."""
-    if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise ValueError(f"--device {text}: no device of torch; allowed are auto, cpu, cuda, cuda:1, ...") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {text}: torch sees {torch.cuda.device_count()} CUDA devices here")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(f"--device {text}: this torch ({torch.__version__}) cannot use it here") from None
-    return device
 
 
 @contextmanager

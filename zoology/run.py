@@ -19,6 +19,7 @@ from rich.table import Table
 
 import architectures
 from zoology.config import RunConfig
+from zoology.devices import resolve_devices
 from zoology.loggers import LoggedView, make_loggers
 from zoology.runner import plan, progress, store
 from zoology.runner.driver import Exit, Signals, SweepOutcome, partition, run_sweep
@@ -102,7 +103,7 @@ def sweep(options: dict[str, Any]) -> int:
     """What the command does; returns its exit code."""
     console, errors = make_console(), Console(stderr=True)
     try:
-        devices = plan.resolve_devices(options["device"])
+        devices = resolve_devices(options["device"])
         scale, why = plan.choose_scale(options["scale"], devices != ["cpu"])
         _say(console, why)
         configs, points = chosen_runs(options, scale)

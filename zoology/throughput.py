@@ -42,7 +42,8 @@ from zoology import presets, results
 from zoology.benchmark import describe, joined, load, measure_ceilings, parse_model, peak_memory
 from zoology.bounds import ModelWork, Moved, element_sizes
 from zoology.config import ModelConfig
-from zoology.doctor import choose_device, machine
+from zoology.devices import choose_device
+from zoology.doctor import machine
 from zoology.generation import READ_BEFORE_RECORDED, Decoder, DoesNotFit
 from zoology.loops import backends_used
 from zoology.model import LanguageModel

@@ -72,7 +72,7 @@ def test_a_model_that_found_no_memory_is_alone_until_measured_and_for_ever_if_th
 class FakeProcess:
     pid = 1
 
-    def is_alive(self):
+    def is_alive(self, *_):
         return True
 
     def send(self, message):
@@ -157,6 +157,39 @@ def test_a_run_that_must_be_alone_waits_for_an_empty_gpu_and_keeps_it_empty(engi
     assert (failed.run_id, failed.record, failed.failure) == ("a", None, Failure("out of memory", "no"))
 
 
+def test_a_worker_is_known_by_all_models_that_it_keeps(engine):
+    assert local.KEPT_LOOPS == 2
+    for name in ("a", "b", "c", "a"):
+        engine.start(name, name, "", GB)
+        engine.finish(name, held=GB)
+    assert len({worker.process for worker in engine._workers}) == 2  # None, and the one that had all
+    assert engine.built == {"c", "a"}
+    for name in ("x", "c"):  # one takes x, and gives up c for it
+        engine.start(name, name, "", GB)
+    assert [worker.points for worker in engine._workers if worker.points] == [["a", "x"], ["c"]]
+    engine.finish("x", failure=Failure("error", "CUDA error: an illegal memory access"))
+    assert engine.built == set()
+
+
+def test_a_part_of_an_engine_leaves_its_workers_running(engine):
+    engine.launch()
+    processes = [worker.process for worker in engine._workers]
+    first, second = engine.part([0, 2]), engine.part([1])
+    assert (engine.slots, first.slots, second.slots) == (4, 2, 1)
+    for name in ("a", "b"):
+        first.start(name, name, "", GB)
+    assert where(engine) == {"cuda:0": {"a", "b"}, "cuda:1": set()}
+    assert (first.free, second.free, engine.free) == (0, 1, 2)
+    engine.finish("b")
+    first.stop()
+    engine.launch()
+    assert [worker.process for worker in engine._workers] == processes
+    assert (first.built, second.built) == ({"b"}, set())
+    engine.finish("a")
+    engine.stop()
+    assert {worker.process for worker in engine._workers} == {None}
+
+
 def test_a_loss_that_is_not_finite_leaves_a_worker_its_model(engine):
     engine.start("a", "a", "", GB)
     engine.finish("a", failure=Failure("diverged", "the loss is nan"))
@@ -214,11 +247,18 @@ class SimulatedEngine:
         loads = [sum(self.devices[other] == self.devices[worker] for other in busy) for worker in range(self.slots)]
         idle = [worker for worker in range(self.slots) if worker not in busy]
         worker = min(idle, key=lambda worker: (self.points[worker] != point_id, loads[worker]))
-        task = {"worker": worker, "point": point_id, "since": self.now, "what": "train"}
+        task = {
+            "worker": worker,
+            "point": point_id,
+            "since": self.now,
+            "begin": self.now,
+            "what": "train",
+            "build": 0.0,
+        }
         task["left"] = self.train_seconds[point_id]
         if self.points[worker] != point_id:
             task["what"] = "warm" if point_id in self.on_disk else "cold"
-            task["left"] = self.warm if point_id in self.on_disk else self.cold
+            task["left"] = task["build"] = self.warm if point_id in self.on_disk else self.cold
         self.points[worker], self.active[run_id] = point_id, task
 
     def poll(self, timeout):
@@ -237,7 +277,8 @@ class SimulatedEngine:
         self.log.append((task["what"], task["worker"], task["point"], task["since"], self.now))
         if task["what"] == "train":
             del self.active[run_id]
-            return [Finished(run_id, None, Failure("error", "simulated"))]
+            record = {"wall_seconds": self.now - task["begin"], "execution": {"build_seconds": task["build"]}}
+            return [Finished(run_id, record, None)]
         self.on_disk.add(task["point"])
         task |= {"what": "train", "left": self.train_seconds[task["point"]], "since": self.now}
         return [EpochDone(run_id, {"epoch": 1})]
@@ -266,8 +307,8 @@ def simulate(make_run, watcher, directory, seconds, rates=4, stop_after=math.inf
         return Exit.INTERRUPTED if watcher.progress.done >= stop_after else None
 
     outcome = run_sweep(runs, engine, directory, watcher, total=len(runs), stop=stop)
-    how = Exit.FAILURES if stop_after == math.inf else Exit.INTERRUPTED
-    assert (outcome.exit, len(outcome.failures)) == (how, min(len(runs), stop_after))
+    how = Exit.DONE if stop_after == math.inf else Exit.INTERRUPTED
+    assert (outcome.exit, len(outcome.records)) == (how, min(len(runs), stop_after))
     return engine
 
 
@@ -300,6 +341,14 @@ def test_a_worker_that_compiled_a_model_gets_its_other_rates(tmp_path, make_run,
     if workers == 1:
         assert len(builds) == 3
     assert math.isclose(sum(end - start for what, _, _, start, end in engine.log if what == "train"), 4 * 90.0)
+
+
+@pytest.mark.parametrize(("seconds", "again"), [([10.0, 14.0], 0), ([10.0, 30.0], 1)])
+def test_at_the_end_a_model_is_built_again_only_if_that_is_sooner(tmp_path, make_run, watcher, seconds, again):
+    """Who is done while another worker's model waits for 14 s does not build that for 15 s; 60 s are worth it."""
+    engine = simulate(make_run, watcher, tmp_path, seconds, gpus=2, jobs=1, cold=60.0, warm=15.0)
+    assert [what for what, *_ in engine.log if what != "train"] == ["cold", "cold"] + again * ["warm"]
+    assert engine.now == 60.0 + (90.0 if again else 4 * 14.0)
 
 
 def by_point(entries):

@@ -20,6 +20,9 @@ from zoology.runner.memory import MemoryEstimate
 from zoology.runner.plan import Estimate, PlannedRun, longest_first
 from zoology.runner.worker import Failure
 
+WARM_SHARE = 0.25
+"""Of the time that building a model takes, what it takes again with the code on the disk: 5 of 20 to 60 s."""
+
 
 class Exit(IntEnum):
     """Exit codes of a sweep."""
@@ -211,7 +214,8 @@ class _Sweep:
         self.records: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         self.timed: set[str] = set()  # architectures of which a run finished here
-        self.quickest_build = 0.0  # seconds; 0 until one was measured
+        self.run_seconds: dict[str, float] = {}  # by point: of its quickest run here, less what building it took
+        self.rebuild_seconds: float | None = None  # what it takes at least to build a model whose code is on the disk
 
     def loop(self, stop: Callable[[], Exit | None]) -> Exit:
         progress = self.progress
@@ -256,16 +260,16 @@ class _Sweep:
     def _to_be_built_again(self) -> Iterator[int]:
         """Pending runs of models that another worker has compiled, where that one is busy with them for long.
 
-        That is for longer than the quickest build of this sweep took, if there was one.
+        That is for longer than a build from the disk takes, as far as that is known.
         """
         progress, waiting = self.progress, Counter()
         workers = Counter(active.run.point_id for active in progress.active.values())
         compiled = {active.run.point_id for active in progress.active.values() if active.epoch is not None}
+        compiled.update(point for point in workers if point in self.run_seconds)
         for run in progress.pending:
             if run.point_id in compiled:
-                seconds = progress.estimate.seconds(run)
-                waiting[run.point_id] += math.inf if seconds is None else seconds
-        worth = {point for point, seconds in waiting.items() if seconds > self.quickest_build * workers[point]}
+                waiting[run.point_id] += self.run_seconds.get(run.point_id, math.inf)
+        worth = {point for point, seconds in waiting.items() if seconds > (self.rebuild_seconds or 0) * workers[point]}
         yield from (index for index, run in enumerate(progress.pending) if run.point_id in worth)
 
     def _start(self, run: PlannedRun) -> None:
@@ -314,12 +318,17 @@ class _Sweep:
             self._fail(event.run_id, Failure("crashed", f"finished, but its result cannot be written: {error}"))
             return
         self.records[event.run_id] = record
-        if (build := record["execution"]["build_seconds"]) > 0:
-            self.quickest_build = min(build, self.quickest_build or build)
+        self._learn_build(active.run.point_id, record["wall_seconds"], record["execution"]["build_seconds"])
         self._learn_seconds(active.run, record["wall_seconds"])
         if event.peak_memory is not None:
             self.memory.observe(active.run, event.peak_memory, whole=True)
         self._leave(active, record, "")
+
+    def _learn_build(self, point_id: str, wall: float, build: float) -> None:
+        if build > 0:
+            again = build * (1 if point_id in self.run_seconds else WARM_SHARE)
+            self.rebuild_seconds = min(again, self.rebuild_seconds or again)
+        self.run_seconds[point_id] = min(wall - build, self.run_seconds.get(point_id, math.inf))
 
     def _learn_seconds(self, run: PlannedRun, seconds: float) -> None:
         """What is longest is known better once an architecture was timed: its operations say little about that."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -258,33 +257,6 @@ def parse_duration(text: str | None, option: str) -> float | None:
     if not 0 < seconds < float("inf"):
         raise PlanError(f"{option} {text!r}: must be a positive time such as 90, 45s, 10m, 2h or 1:30:00")
     return seconds
-
-
-def resolve_devices(text: str) -> list[str]:
-    """Devices from "auto", "cpu", "cuda" (all of them), "cuda:0,cuda:2" or "mps".
-
-    Raises PlanError for what this machine lacks, and for "auto" where CUDA_VISIBLE_DEVICES names GPUs of which torch
-    sees none: falling back to the CPU would be found out hours later.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if text == "auto":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        if not count and visible.strip() not in ("", "-1"):
-            raise PlanError(
-                f"CUDA_VISIBLE_DEVICES={visible}: torch {torch.__version__} sees none of these GPUs; "
-                "correct the variable or unset it, or take --device cpu"
-            )
-        return [f"cuda:{index}" for index in range(count)] or ["cpu"]
-    if text == "cuda" and count:
-        return [f"cuda:{index}" for index in range(count)]
-    known = ["cpu", *(f"cuda:{index}" for index in range(count))]
-    if torch.backends.mps.is_available():
-        known.append("mps")
-    names = text.split(",")
-    unknown = [name for name in names if name not in known]
-    if unknown or len(set(names)) < len(names):
-        raise PlanError(f"--device {text}: this machine has {', '.join(['auto', *known])}")
-    return names
 
 
 def device_memory(devices: Iterable[str]) -> dict[str, float]:
