@@ -20,7 +20,10 @@ class Schema(BaseModel):
     field_noun: ClassVar[str] = "field"
     """What messages call a field."""
 
-    def __init__(self, **values):
+    def __init__(self, *unnamed, **values):
+        if unnamed:
+            name, known = getattr(self, "name", "") or type(self).__name__, ", ".join(type(self).model_fields)
+            raise ValueError(f"{name}: {unnamed[0]!r} without a name: {self.field_noun}s are named, {known}")
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -170,6 +170,11 @@ def test_any_task_is_a_field_of_a_config():
         Run(tasks=[{"name": "mqar", "seq_length": 3}])
 
 
+def test_options_have_names():
+    with pytest.raises(ValueError, match="mqar: 64 without a name: options are named, vocab_size, seq_len"):
+        MQAR(64, 4)
+
+
 def test_configs_are_frozen_and_replace_checks():
     task = MQAR()
     with pytest.raises(ValueError, match="frozen"):

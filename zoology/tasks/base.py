@@ -168,3 +168,9 @@ def whole_number(name: str, value: Any, at_least: int) -> int:
     if number is None or isinstance(value, bool) or number < at_least:
         raise ValueError(f"{name}={value!r}: must be a whole number >= {at_least}")
     return number
+
+
+def require_even(seq_len: int) -> None:
+    """Raise ValueError for an odd length: tokens come in pairs."""
+    if seq_len % 2:
+        raise ValueError(f"seq_len={seq_len}: must be even")

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from .base import IGNORE_INDEX, Task
+from .base import IGNORE_INDEX, Task, require_even
 from .registry import register
 from .samplers import Stream, first_occurrence, stream_key
 
@@ -51,8 +51,7 @@ class InContextRecallTask(MADTask):
 
     @model_validator(mode="after")
     def _fits(self):
-        if self.seq_len % 2:
-            raise ValueError(f"seq_len={self.seq_len}: must be even")
+        require_even(self.seq_len)
         if self.vocab_size - self.noise_vocab_size < 2:
             raise ValueError(
                 f"vocab_size={self.vocab_size}: must exceed noise_vocab_size={self.noise_vocab_size} by at least 2, "
@@ -249,8 +248,7 @@ class MADMemorization(MADTask):
 
     @model_validator(mode="after")
     def _fits(self):
-        if self.seq_len % 2:
-            raise ValueError(f"seq_len={self.seq_len}: must be even")
+        require_even(self.seq_len)
         return self
 
     @property
@@ -292,8 +290,7 @@ class MADCompression(MADTask):
 
     @model_validator(mode="after")
     def _fits(self):
-        if self.seq_len % 2:
-            raise ValueError(f"seq_len={self.seq_len}: must be even")
+        require_even(self.seq_len)
         return self
 
     @property

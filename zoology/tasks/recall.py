@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import Field, model_validator
 
-from .base import IGNORE_INDEX, Task
+from .base import IGNORE_INDEX, Task, require_even
 from .samplers import Stream, power_law_handicaps
 
 
@@ -44,8 +44,7 @@ class RecallTask(Task):
         self.check_vocabulary()
         slot = self.question_length + 1
         needed = self.prefix_length + self.num_questions * slot
-        if self.seq_len % 2:
-            raise ValueError(f"seq_len={self.seq_len}: must be even")
+        require_even(self.seq_len)
         if self.seq_len < needed:
             raise ValueError(
                 f"num_kv_pairs={self.num_kv_pairs} with num_passes={self.num_passes} needs {self.num_passes} * "
