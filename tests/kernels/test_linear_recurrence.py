@@ -217,23 +217,9 @@ SHAPES = [
     ((1, 20, 1, 16, 70), False, True),
 ]
 
-INTERPRETED = """
-import torch
 
-import test_linear_recurrence as t
-
-torch.set_num_threads(1)
-torch.use_deterministic_algorithms(True)
-for case in t.SHAPES:
-    t.close_to_float64(case, torch.float32, "cpu")
-t.close_to_float64(t.SHAPES[0], torch.float16, "cpu")
-t.close_to_float64(t.SHAPES[3], torch.float16, "cpu")
-print("same")
-"""
-
-
-def test_kernels_interpreted(run_interpreted):
-    run_interpreted(INTERPRETED)
+def test_kernels_interpreted(close_when_interpreted):
+    close_when_interpreted("test_linear_recurrence", half=(0, 3))
 
 
 @pytest.mark.gpu

@@ -171,22 +171,9 @@ SHAPES = [
     ((2, 5, 9, 5), True, True),
 ]
 
-INTERPRETED = """
-import torch
 
-import test_selective_scan as t
-
-torch.set_num_threads(1)
-torch.use_deterministic_algorithms(True)
-for case in t.SHAPES:
-    t.close_to_float64(case, torch.float32, "cpu")
-t.close_to_float64(t.SHAPES[0], torch.float16, "cpu")
-print("same")
-"""
-
-
-def test_kernels_interpreted(run_interpreted):
-    run_interpreted(INTERPRETED)
+def test_kernels_interpreted(close_when_interpreted):
+    close_when_interpreted("test_selective_scan", half=(0,))
 
 
 @pytest.mark.gpu
