@@ -175,6 +175,12 @@ def test_results_are_kept_by_shape_option_dtype_and_length(fake_backends, monkey
     assert count(build("fake_right"), "wrong-step") == 1
     assert parity.known(build("fake_right"), "right", CPU, torch.float32, LENGTH).passed
     assert parity.known(build("fake_right"), "right", CPU, torch.float32, 7) is None
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")  # products in TF32 are other products
+        assert parity.known(build("fake_right"), "right", CPU, torch.float32, LENGTH) is None
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
