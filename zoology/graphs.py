@@ -642,13 +642,14 @@ def fetch_loop(
     wanted = ["compiled graph", "pieces graph", "graph"] if mode == "auto" else [mode]
     if device.type == "cuda" and MODES[wanted[0]][0]:
         _warm_compilers()
+    data, started = splits(), time.perf_counter()
     reasons, in_pieces = [], mode != "auto"
     for name in wanted:
         compiled, captured = MODES[name]
         if compiled == PIECES and not in_pieces:
             continue
         try:
-            loop = StaticLoop(config, device, splits(), compiled=compiled, captured=captured)
+            loop = StaticLoop(config, device, data, compiled=compiled, captured=captured)
         except torch.OutOfMemoryError:
             _loops.clear()
             raise
@@ -662,7 +663,8 @@ def fetch_loop(
             log.warning("%s cannot run as a %s, trying without: %s", config.architecture, name, first_line)
             log.debug("", exc_info=True)
             continue
-        loop.execution = loop.execution._replace(reason="; ".join(reasons))
+        # What was tried in vain took its time as well: kernels are compiled and tuned in the first attempt.
+        loop.execution = loop.execution._replace(reason="; ".join(reasons), build_seconds=time.perf_counter() - started)
         _loops[key] = loop
         return loop, loop.execution.reason
     return None, "; ".join(reasons)

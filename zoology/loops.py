@@ -39,7 +39,7 @@ class Execution(NamedTuple):
     mode: Literal["eager", "static", "compiled", "pieces", "graph", "pieces graph", "compiled graph"] = "eager"
     loss: str = "reference"  # backend of the linear cross-entropy
     reason: str = ""  # why nothing faster ran, where something faster was tried
-    build_seconds: float = 0.0  # tracing, compiling, recording; 0 for what was built by an earlier run
+    build_seconds: float = 0.0  # all attempts: tracing, compiling, recording; 0 if an earlier run built it
     reused: bool = False  # built by an earlier run of this process
 
 

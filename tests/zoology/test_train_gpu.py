@@ -276,7 +276,8 @@ def test_around_what_the_compiler_refuses_the_rest_is_compiled(refused_by_the_co
 
 
 def test_pieces_are_tried_only_where_the_compiler_refused_the_whole(monkeypatch):
-    tried = []
+    tried, clock = [], [0.0]
+    monkeypatch.setattr(graphs.time, "perf_counter", lambda: clock[0])
 
     def loop(error, succeeds):
         class Loop:
@@ -284,6 +285,7 @@ def test_pieces_are_tried_only_where_the_compiler_refused_the_whole(monkeypatch)
 
             def __init__(self, *_, compiled, captured):
                 tried.append((compiled, captured))
+                clock[0] += 7.0
                 if (compiled, captured) != succeeds:
                     raise error
 
@@ -302,6 +304,7 @@ def test_pieces_are_tried_only_where_the_compiler_refused_the_whole(monkeypatch)
         assert tried == wanted
         assert found.execution.reason == reason
         assert reason.count(type(error).__name__) == len(wanted) - 1
+        assert found.execution.build_seconds == 7.0 * len(wanted)  # an attempt in vain takes its time, too
     forget_loops()
 
 
