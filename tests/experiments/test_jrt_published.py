@@ -64,9 +64,17 @@ def test_the_convolution_stands_between_dense_layers_and_wraps_around_a_prefix()
 def test_the_runs_keep_the_data_and_budget_of_the_small_state_and_differ_in_their_layers():
     (small, *_) = plan.load_sweep(EXPERIMENTS / "jrt_small_state.py", "paper")
     runs = plan.load_sweep(EXPERIMENT, "paper")
-    assert [(run.architecture, [spec.name for spec in run.model.layers], run.seed) for run in runs] == [
-        (mixer, [conv, mixer], seed)
-        for seed in (3, 4)
+    assert [
+        (
+            run.architecture,
+            [spec.name for spec in run.model.layers],
+            run.model.layers[1].options["feature_dim"],
+            run.seed,
+        )
+        for run in runs
+    ] == [
+        (mixer, [conv, mixer], feature_dim, seed)
+        for feature_dim, seed in ((8, 3), (8, 4), (4, 5), (4, 6))
         for mixer, conv in (
             ("own_weight", "dense_base_conv"),
             ("own_weight_noncausal", "dense_base_conv_noncausal"),
@@ -74,8 +82,9 @@ def test_the_runs_keep_the_data_and_budget_of_the_small_state_and_differ_in_thei
     ]
     for run in runs:
         assert run.data == small.data.model_copy(update={"num_validation": 128})
-        assert run.train == small.train
-        assert run.model.layers[1].options == small.model.layers[1].options == {"feature_dim": 8, "num_heads": 2}
+        epochs = {8: 16, 4: 12}[run.model.layers[1].options["feature_dim"]]
+        assert run.train == small.train.model_copy(update={"epochs": epochs})
+        assert run.model.layers[1].options["num_heads"] == small.model.layers[1].options["num_heads"] == 2
         assert run.model.model_copy(update={"layers": small.model.layers}) == small.model
 
 
