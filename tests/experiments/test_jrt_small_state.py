@@ -110,11 +110,15 @@ def test_the_smoke_scale_has_small_sets_and_trains():
 
 
 def test_the_committed_records_are_of_these_runs():
-    """The two that were tested, by their configurations but for the precision, which the command line sets."""
+    """By their configurations but for the precision, which the command line sets."""
     planned = {run.model_copy(update={"train": run.train.model_copy(update={"precision": "tf32"})}).run_id
                for run in plan.load_sweep(EXPERIMENT, "paper")}  # fmt: skip
     records = results.load_records(EXPERIMENTS / "results" / "jrt_small_state")
-    assert [record["architecture"] for record in records] == ["own_weight", "own_weight"]
-    assert {record["run_id"] for record in records} < planned
-    table = plots_jrt.order_by_run(results.from_records(records)).set_index("seed")
-    assert table["difference"].round(3).to_dict() == {1: 0.006, 2: 0.063}
+    assert {record["run_id"] for record in records} == planned
+    table = plots_jrt.order_by_run(results.from_records(records)).set_index(["architecture", "seed"])
+    assert table["difference"].round(3).to_dict() == {
+        ("own_weight", 1): 0.006,
+        ("own_weight", 2): 0.063,
+        ("own_weight_prefix", 1): -0.001,
+        ("own_weight_prefix", 2): 0.086,
+    }
