@@ -17,7 +17,7 @@ causal are not, or gain less than half of what causal ones do.
 Two states. f = 8 and 16 epochs, as in `jrt_small_state.py`; nothing was chosen, and seeds 3 and 4 had been used by no
 model before. There the causal model of seed 3 learned the task in its seventh epoch: ahead with the short set first
 until then, with the long one from then on. So f = 4, the smallest published one, was added, whose 15 features a head
-should not be enough to learn it; 12 epochs, as many as fitted, seeds 5 and 6, and nothing else was tried.
+should not be enough to learn it: 16 epochs as well, seeds 5 and 6, and nothing else was tried.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ from zoology.runner.plan import load_sweep
 
 CAUSAL, NONCAUSAL = "own_weight", "own_weight_noncausal"
 CONVOLUTIONS = {CAUSAL: "dense_base_conv", NONCAUSAL: "dense_base_conv_noncausal"}
-STATES = ((8, 16, (3, 4)), (4, 12, (5, 6)))
+STATES = ((8, 16, (3, 4)), (4, 16, (5, 6)))
 """Feature dimension, epochs and seeds."""
 
 
