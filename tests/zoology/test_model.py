@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import architectures
 from zoology.config import ModelConfig, layer
 from zoology.data import gather_labels
 from zoology.model import LanguageModel, measured_state
@@ -175,3 +176,25 @@ def test_a_mixer_whose_output_would_broadcast_is_refused(form, monkeypatch):
     }
     with pytest.raises(ValueError, match=rf"BaseConv\.{form} gave \[2,.* 1\] for an input of \[2,.* 8\]: must be"):
         calls[form]()
+
+
+def test_each_dropout_is_where_it_says():
+    model = build("attention", "base_conv", channel_mixer="mlp", embed_dropout=0.5, resid_dropout=0.5).train()
+    tokens, x = TASK.sample(4, seed=0).inputs, torch.randn(2, 5, 16, dtype=torch.float64)
+    share = float((model.embed(tokens) == 0).double().mean())
+    assert 0.4 < share < 0.6
+    assert all(block.dropout.p == 0.5 for block in model.blocks)
+    for block in model.blocks:
+        block.dropout.p = 1.0  # neither mixer nor channel mixer is heard
+    assert torch.equal(model.blocks[1](model.blocks[0](x)), x)
+    model.eval()
+    assert (model.embed(tokens) != 0).all()
+    assert not torch.equal(model.blocks[0](x), x)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_mixer_that_keeps_its_initialisation_keeps_it(keep, monkeypatch):
+    monkeypatch.setattr(architectures.registry.get("attention").cls, "keep_init", keep)
+    largest = [float(block.mixer.out_proj.weight.detach().abs().max()) for block in build("attention").blocks]
+    # A linear layer's own start is uniform up to 1 / sqrt(16), the shell's is normal with .02 / sqrt(4).
+    assert all((weight > 0.2) if keep else (weight < 0.06) for weight in largest)
