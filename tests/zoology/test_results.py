@@ -204,7 +204,9 @@ def test_intervals_end_at_0_and_1():
 
 def test_slices_are_ordered_by_what_they_demand():
     frame = table([("a1", 0.1, 0, {"zzz": (0.5, 0.5), "x": (0.5, 0.5), "yy": (0.5, 0.5)})])
+    frame["seq_len"] = frame["slice"].map({"x": 64, "yy": 32, "zzz": 16})
     assert results.slice_names(frame) == ["x", "yy", "zzz"]
+    assert results.slice_names(frame.assign(required_bits=1.0)) == ["zzz", "yy", "x"]
 
 
 def test_the_slice_table_has_a_row_for_each_point(results_directory):
