@@ -5,7 +5,7 @@
 One width, feature dimension and learning rate, two seeds, causal and with a prefix: four runs of 90,000 steps at the
 paper scale, as published, tests of sets of up to 768 included, but for 256 validation examples of each size: long
 sequences take long, and nothing is selected by them. The largest of the published rates: at 5e-4 Based with 128
-dimensions memorised its 240,000 examples, and 48 dimensions with f 8 hardly left the start (README.md).
+dimensions memorised its 240,000 examples, and 48 dimensions with f 8 hardly left the start (README of its records).
 """
 
 from pathlib import Path
