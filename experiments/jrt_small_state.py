@@ -14,8 +14,8 @@ ahead with the short set first (.321 and .213 over the ten pairs, all of it beyo
 behind (.287 and .320). Seeds 1 and 2, all tests and all runs with a prefix were unseen then. No output projection is
 shrunk at the start, as in the published code (`init="plain"`).
 
-What came out (README of `jrt_one_state`'s records): none of them learns the task in 16 epochs, and the order counts only
-beyond the trained lengths, for one of the two prefix models as much as for the causal ones.
+What came out (README of `jrt_one_state`'s records): none of them learns the task in 16 epochs, and the order counts
+only beyond the trained lengths, for one of the two prefix models as much as for the causal ones.
 """
 
 from pathlib import Path
