@@ -36,6 +36,37 @@ class Hanging(SequenceMixer):
         return Nothing()
 """
 
+MEETING = """
+import os, time, torch
+from pathlib import Path
+from typing import NamedTuple
+from architectures import SequenceMixer, register
+
+
+class Nothing(NamedTuple):
+    pass
+
+
+@register("meeting", paper="none")
+class Meeting(SequenceMixer):
+    where = Path({where!r})
+
+    def __init__(self, d_model: int, *, backend: str = "auto"):
+        super().__init__(d_model, backend=backend)
+        self.scale = torch.nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x):
+        (self.where / str(os.getpid())).touch()
+        limit = time.monotonic() + 60
+        while len(list(self.where.iterdir())) < 2 and time.monotonic() < limit:
+            time.sleep(0.05)
+        time.sleep(0.02)
+        return x * self.scale
+
+    def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None):
+        return Nothing()
+"""
+
 SPY = """
 import json, os, time
 
@@ -132,12 +163,20 @@ def cluster():
 
 
 def test_a_node_that_is_lost_costs_no_run(tmp_path, make_run, watcher, cluster):
+    """Both nodes are at work when one is lost: runs wait in their first step until there are two."""
     from zoology.engines.ray import RayEngine
 
+    path, met = tmp_path / "meeting.py", tmp_path / "met"
+    path.write_text(MEETING.format(where=str(met)))
+    met.mkdir()
+    registry.load_file(path)
+    try:
+        runs = plan.make_plan([make_run(("meeting",), lr=lr, epochs=6) for lr in (1e-3, 2e-3, 3e-3)], "cpu")
+    finally:
+        registry._entries.pop("meeting")
     node = cluster.add_small_node(num_cpus=1)
-    setup = worker.Setup("cpu", 1, str(tmp_path), (), None, None)
+    setup = worker.Setup("cpu", 1, str(tmp_path), (str(path),), None, None)
     engine = RayEngine([setup], address=cluster.address)
-    runs = plan.make_plan([make_run(lr=lr, epochs=6, num_examples=512) for lr in (1e-3, 2e-3, 3e-3)], "cpu")
     attempts = []
 
     def lose_it_once(run, epoch):
