@@ -182,6 +182,18 @@ def test_training_with_masks_repeats_and_adds_to_the_loss():
     assert added == pytest.approx(0.25 * math.log(24), rel=0.15)
 
 
+def test_a_resumed_run_goes_on_with_the_masks_of_an_uninterrupted_one(tmp_path):
+    run, path = make_run(masked_prefix=MaskedPrefix()), tmp_path / "state.pt"
+
+    def cut(epoch):
+        if epoch.epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, checkpoint=path, on_epoch=cut)
+    assert [e.loss for e in train(run, checkpoint=path).epochs] == [e.loss for e in train(run).epochs]
+
+
 def test_a_task_without_a_prefix_is_trained_without_masks():
     tasks = (TASK, MADInContextRecall(vocab_size=24, seq_len=12))
     with_masks, without = (train(make_run("based", tasks=tasks, masked_prefix=m)) for m in (MaskedPrefix(), None))

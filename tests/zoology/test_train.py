@@ -11,7 +11,7 @@ import zoology
 from zoology.config import TrainConfig
 from zoology.data import epoch_batches, load_split
 from zoology.evaluate import Score, summarise
-from zoology.loops import EagerLoop
+from zoology.loops import EagerLoop, epoch_rates
 from zoology.tasks import MQAR
 from zoology.train import TrainingDiverged, learning_rate, train
 
@@ -94,6 +94,14 @@ def test_cosine_by_epoch_and_by_step():
     assert learning_rate(config, 1.0) == pytest.approx(0.1)
     assert learning_rate(config, 0.25) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
     assert learning_rate(TrainConfig(lr=1.0, schedule="constant"), 0.7) == 1.0
+
+
+def test_the_first_step_of_an_epoch_has_the_rate_of_its_beginning():
+    by_step = TrainConfig(lr=1.0, epochs=2, schedule="step")
+    wanted = [learning_rate(by_step, progress) for progress in (0, 0.25, 0.5, 0.75)]
+    assert [*epoch_rates(by_step, 1, 2), *epoch_rates(by_step, 2, 2)] == wanted
+    by_epoch = TrainConfig(lr=1.0, epochs=2)
+    assert [*epoch_rates(by_epoch, 1, 2), *epoch_rates(by_epoch, 2, 2)] == [1.0, 1.0, wanted[2], wanted[2]]
 
 
 def test_epochs_report_the_scheduled_rate(make_run):
