@@ -52,17 +52,45 @@ def test_best_epoch_is_the_one_scored(make_run):
     assert mean == pytest.approx(max(accuracies))
 
 
-def test_of_equal_epochs_the_first_is_best_and_the_threshold_itself_is_not_above_it(make_run, monkeypatch):
-    given = iter([0.25, 0.75, 0.75, 0.5])
+@pytest.fixture
+def validated(monkeypatch):
+    """Makes a series of numbers the validation accuracies of the epochs to come."""
 
-    def scores(loop, split):
-        accuracy = next(given) if split == "validation" else 0.0
-        return {part.label: Score(accuracy, 0.0, 1) for part in loop.config.data.test}
+    def series(*accuracies):
+        given = iter(accuracies)
 
-    monkeypatch.setattr(EagerLoop, "score", scores)
+        def scores(loop, split):
+            accuracy = next(given) if split == "validation" else 0.0
+            return {part.label: Score(accuracy, 0.0, 1) for part in loop.config.data.test}
+
+        monkeypatch.setattr(EagerLoop, "score", scores)
+
+    return series
+
+
+def test_of_equal_epochs_the_first_is_best_and_the_threshold_itself_is_not_above_it(make_run, validated):
+    validated(0.25, 0.75, 0.75, 0.5)
     outcome = train(make_run(epochs=3, select="best", stop_accuracy=0.75))
     assert [epoch.validation_accuracy for epoch in outcome.epochs] == [0.25, 0.75, 0.75]
     assert outcome.selected_epoch == 2
+
+
+def test_the_best_epoch_may_lie_before_an_interruption(make_run, validated, tmp_path):
+    run, path = make_run(epochs=3, select="best", stop_accuracy=None), tmp_path / "state.pt"
+
+    def cut(epoch):
+        if epoch.epoch == 2:
+            raise KeyboardInterrupt
+
+    validated(0.75, 0.25)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, checkpoint=path, on_epoch=cut)
+    validated(0.5, 0.75)
+    resumed = train(run, checkpoint=path)
+    assert resumed.selected_epoch == 1
+    validated(0.75, 0.25, 0.5, 0.75)
+    whole = train(run)
+    assert torch.equal(resumed.model.embedding.weight, whole.model.embedding.weight)
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.01])
