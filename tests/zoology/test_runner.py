@@ -288,6 +288,23 @@ def test_a_time_limit_ends_the_sweep_with_its_own_code(tmp_path, runs, in_proces
     assert engine.started == []
 
 
+def test_beginning_again_forgets_the_attempt_before(tmp_path, make_run):
+    run = make_run()
+    folder = store.RunFolder(tmp_path, run.run_id)
+
+    def left(**options):
+        folder.begin(run, **options)
+        return sorted(path.name for path in folder.path.iterdir())
+
+    assert left() == ["config.json"]
+    folder.add_epoch({"epoch": 1})
+    folder.fail("out of memory")
+    for name in (".config.json.x.tmp", "checkpoint.pt", "result.json"):
+        (folder.path / name).write_text("")
+    assert left() == ["checkpoint.pt", "config.json"]
+    assert left(fresh=True) == ["config.json"]
+
+
 def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path, make_run, in_process_engine, watcher):
     (run,) = plan.make_plan([make_run(epochs=3)], "cpu")
     whole = tmp_path / "whole"
