@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from architectures import registry
+from zoology import plots_jrt, results
 from zoology.model import LanguageModel
 from zoology.runner import plan
 
@@ -98,3 +99,18 @@ def test_the_smoke_scale_has_small_sets_and_trains():
         loss = torch.nn.functional.cross_entropy(model(tokens, **prefix)[:, -1], torch.as_tensor(batch.labels[:, -1]))
         loss.backward()
         assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())
+
+
+def test_the_committed_records_are_of_these_runs():
+    """Finished and not, by their configurations but for the precision, which the command line sets."""
+    planned = {run.model_copy(update={"train": run.train.model_copy(update={"precision": "tf32"})}).run_id
+               for run in plan.load_sweep(EXPERIMENT, "paper")}  # fmt: skip
+    directory = EXPERIMENTS / "results" / "jrt_published"
+    assert {path.parent.name for path in directory.glob("*/metrics.jsonl")} == planned
+    table = plots_jrt.order_by_run(results.from_records(results.load_records(directory)))
+    assert table.set_index(["architecture", "seed"])["difference"].round(3).to_dict() == {
+        ("own_weight", 5): 0.023,
+        ("own_weight_noncausal", 5): -0.009,
+        ("own_weight", 3): -0.081,
+        ("own_weight_noncausal", 3): -0.003,
+    }
