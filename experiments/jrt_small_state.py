@@ -15,8 +15,8 @@ behind (.287 and .320). Seeds 1 and 2, all tests and all runs with a prefix were
 shrunk at the start, as in the published code (`init="plain"`).
 
 What came out (README of `jrt_one_state`'s records): none of them learns the task in 16 epochs, and the order counts
-only beyond the trained lengths, for one of the two prefix models as much as for the causal ones. With the dense layers that the published
-models have around the convolution they learn it (`jrt_published.py`).
+only beyond the trained lengths, for one of the two prefix models as much as for the causal ones.
+With the dense layers that the published models have around the convolution they learn it (`jrt_published.py`).
 """
 
 from pathlib import Path
