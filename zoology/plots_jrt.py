@@ -86,6 +86,7 @@ def order(frame: pd.DataFrame):
             axis.xaxis.set_minor_locator(NullLocator())
             if len(states) == 1:  # left to itself, a logarithmic axis of one value ends beside it
                 axis.set_xlim(states[0] / 2, states[0] * 2)
+            if len(states) <= 3:  # powers of two may all lie beside the points of so few
                 axis.xaxis.set_major_locator(FixedLocator(states))
             axis.set(ylim=(-0.02, 1.03), title=f"sets of {short} and {long}")
             axis.grid(True, axis="y", color="0.9", lw=0.6)

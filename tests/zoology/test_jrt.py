@@ -219,6 +219,8 @@ def test_the_order_figure_draws_it(order_records):
     np.testing.assert_allclose(drawn[prefix, True][1], 0.9)
     (guess,) = [line for line in axis.lines if line.get_linestyle() == ":"]
     assert set(guess.get_ydata()) == {0.5}
+    figure.canvas.draw()
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["584", "1,584"]
 
 
 def test_one_state_lies_within_every_panel(make_record):
