@@ -1,8 +1,10 @@
-"""Shared test set-up: one thread per worker, and the `gpu` marker."""
+"""Shared test set-up: one thread per worker, the `gpu` marker, and what tests of several folders need."""
 
 import importlib
 import importlib.util
 import inspect
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +30,23 @@ def pytest_collection_modifyitems(items):
 def _one_thread():
     """The test suite runs in several processes on few cores; more threads only fight for them."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run_interpreted(request):
+    """Runs code that prints "same" in a process of its own: the interpreter is chosen when kernels are defined.
+
+    Modules beside the test can be imported there.
+    """
+    pytest.importorskip("triton")
+
+    def run(code: str) -> None:
+        env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        found = f"import sys; sys.path.insert(0, {str(request.path.parent)!r})\n{code}"
+        done = subprocess.run([sys.executable, "-c", found], env=env, capture_output=True, text=True, timeout=280)
+        assert done.stdout.strip() == "same", done.stderr
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from torch import nn
 
 from architectures import registry
 from zoology import plots_jrt, results
-from zoology.model import LanguageModel
 from zoology.runner import plan
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -89,24 +88,15 @@ def test_the_runs_keep_the_data_and_budget_of_the_small_state_and_differ_in_thei
         assert run.model.model_copy(update={"layers": small.model.layers}) == small.model
 
 
-def test_the_smoke_scale_has_small_sets_and_trains():
+def test_the_smoke_scale_has_small_sets_and_trains(check_gradients):
     for run in plan.load_sweep(EXPERIMENT, "smoke")[:2]:
-        (task, *_) = [part.task for part in run.data.train]
-        model = LanguageModel(run.model)
-        batch = task.split("train", 4, 0)
-        tokens = torch.as_tensor(batch.inputs)
-        prefix = {"prefix_length": task.prefix_length} if model.takes_prefix else {}
-        loss = torch.nn.functional.cross_entropy(model(tokens, **prefix)[:, -1], torch.as_tensor(batch.labels[:, -1]))
-        loss.backward()
-        assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())
+        check_gradients(run)
 
 
-def test_the_committed_records_are_of_these_runs():
+def test_the_committed_records_are_of_these_runs(planned_ids):
     """Finished and not, by their configurations but for the precision, which the command line sets."""
-    planned = {run.model_copy(update={"train": run.train.model_copy(update={"precision": "tf32"})}).run_id
-               for run in plan.load_sweep(EXPERIMENT, "paper")}  # fmt: skip
     directory = EXPERIMENTS / "results" / "jrt_published"
-    assert {path.parent.name for path in directory.glob("*/metrics.jsonl")} == planned
+    assert {path.parent.name for path in directory.glob("*/metrics.jsonl")} == planned_ids(EXPERIMENT)
     table = plots_jrt.order_by_run(results.from_records(results.load_records(directory)))
     assert table.set_index(["architecture", "seed"])["difference"].round(3).to_dict() == {
         ("own_weight", 5): 0.023,

@@ -7,7 +7,6 @@ import torch
 
 from architectures import registry
 from zoology import plots_jrt, results
-from zoology.model import LanguageModel
 from zoology.runner import plan
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -95,26 +94,17 @@ def test_the_candidates_were_causal_models_of_the_same_data():
     assert all(one.data == run.data for one in tried)
 
 
-def test_the_smoke_scale_has_small_sets_and_trains():
+def test_the_smoke_scale_has_small_sets_and_trains(check_gradients):
     runs = plan.load_sweep(EXPERIMENT, "smoke")
     assert [run.seed for run in runs] == [1, 2, 1, 2]
     for run in runs[::2]:
-        (task, *_) = [part.task for part in run.data.train]
-        model = LanguageModel(run.model)
-        batch = task.split("train", 4, 0)
-        tokens = torch.as_tensor(batch.inputs)
-        prefix = {"prefix_length": task.prefix_length} if model.takes_prefix else {}
-        loss = torch.nn.functional.cross_entropy(model(tokens, **prefix)[:, -1], torch.as_tensor(batch.labels[:, -1]))
-        loss.backward()
-        assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())
+        check_gradients(run)
 
 
-def test_the_committed_records_are_of_these_runs():
+def test_the_committed_records_are_of_these_runs(planned_ids):
     """By their configurations but for the precision, which the command line sets."""
-    planned = {run.model_copy(update={"train": run.train.model_copy(update={"precision": "tf32"})}).run_id
-               for run in plan.load_sweep(EXPERIMENT, "paper")}  # fmt: skip
     records = results.load_records(EXPERIMENTS / "results" / "jrt_small_state")
-    assert {record["run_id"] for record in records} == planned
+    assert {record["run_id"] for record in records} == planned_ids(EXPERIMENT)
     table = plots_jrt.order_by_run(results.from_records(records)).set_index(["architecture", "seed"])
     assert table["difference"].round(3).to_dict() == {
         ("own_weight", 1): 0.006,

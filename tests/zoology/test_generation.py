@@ -1,10 +1,6 @@
 """Generation in static states: the parallel form's logits whatever the chunks, the same tokens, and clear refusals."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -102,13 +98,9 @@ print("same")
 """
 
 
-def test_steps_by_the_kernels_of_a_gpu_interpreted():
+def test_steps_by_the_kernels_of_a_gpu_interpreted(run_interpreted):
     """Norms, activations, convolutions and windows that wrap around are Triton's: no further off than plain float32."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{INTERPRETED}"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
-    assert done.stdout.strip() == "same", done.stderr
+    run_interpreted(INTERPRETED)
 
 
 def argmax_loop(model, tokens, new):
