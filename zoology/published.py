@@ -56,7 +56,11 @@ def _gla_convolution(mixer: Any) -> int:
 
 
 class Protocol(NamedTuple):
-    """How a published figure was made. Train and test are (length, pairs, examples); `memory` is its x axis."""
+    """How a published figure was made. Train and test are (length, pairs, examples); `memory` is its x axis.
+
+    `shuffle` as in DataConfig: the code of HazyResearch/zoology drew a new order of batches each epoch up to 194a712,
+    of February 2024, so for Zoology's figure, and none from there on, so for Based's.
+    """
 
     name: str
     title: str
@@ -64,6 +68,7 @@ class Protocol(NamedTuple):
     memory: str  # "field_bytes" or "d_model"
     vocab_size: int
     random_non_queries: bool
+    shuffle: bool
     train: tuple[tuple[int, int, int], ...]
     test: tuple[tuple[int, int, int], ...]
     batch_size: int
@@ -222,7 +227,7 @@ def departures(config: dict[str, Any], protocol: Protocol) -> list[str]:
         "training slices": (_rows(data["train"]), _said(protocol.train)),
         "test slices": (_rows(data["test"]), _said(protocol.test)),
         "precision": (train["precision"], "fp32"),
-        "order of batches": (_ORDER[data["shuffle"]], _ORDER[False]),
+        "order of batches": (_ORDER[data["shuffle"]], _ORDER[protocol.shuffle]),
     }
     if (theirs := INITIALISATION.get(config["architecture"])) is not None:
         own = registry.get(config["architecture"]).cls.keep_init
