@@ -1,10 +1,11 @@
-"""Does the order of batches decide the scores? Models trained as the papers' code did: every epoch in the order given.
+"""Does the order of batches decide the scores? Models trained as Based's code did: every epoch in the order given.
 
     python -m zoology.run experiments/batch_order.py [--scale smoke|laptop|paper]
 
-`mqar_sweep.py` draws a new order of examples and batches each epoch. The papers' code shuffled nothing, so that every
-epoch, the last one included, ended with the longest training sequences and the most pairs, and longer ones still are
-what the scores differ in. These runs are those of the sweep but for that.
+`mqar_sweep.py` draws a new order of examples and batches each epoch, as Zoology's code did. That of Based shuffles
+nothing (HazyResearch/zoology from 194a712 on), so that every epoch, the last one included, ends with the longest
+training sequences and the most pairs, and longer ones still are what the scores differ in. These runs are those of the
+sweep but for that.
 """
 
 from pathlib import Path

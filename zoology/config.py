@@ -86,7 +86,7 @@ class DataConfig(Schema):
     """Training slices and test slices; validation has the test slices' tasks in a stream of its own.
 
     Batches are drawn from one slice each. `shuffle` draws a new order of examples and batches each epoch;
-    without it every epoch runs through the slices in the order given, as the papers' code did.
+    without it every epoch runs through the slices in the order given, as Based's code did.
     """
 
     train: Annotated[tuple[Slice, ...], BeforeValidator(as_tuple)] = Field(min_length=1)
