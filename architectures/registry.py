@@ -83,7 +83,10 @@ def get(name: str) -> Entry:
         elif name in _entry_points():
             _entry_points()[name].load()
         else:
-            raise ValueError(f"unknown architecture {name!r}: {_closest(name, names())}")
+            raise ValueError(
+                f"unknown architecture {name!r}: {_closest(name, names())}; "
+                "one of your own is known once its file is loaded: --architectures FILE, or load_file(FILE)"
+            )
         if name not in _entries:
             raise ValueError(f"the module of architecture {name!r} was imported but does not @register({name!r})")
     return _entries[name]

@@ -1,7 +1,7 @@
 """Speed and memory of training, against the plain loop of the same models and against what the device could do.
 
     python -m zoology.benchmark [--models base_conv+attention@128,...] [--shapes 64x4,256x64] [--precisions tf32,bf16]
-                                [--jobs 8] [--out FILE.json] [--plot FILE.png]
+                                [--architectures FILE] [--jobs 8] [--out FILE.json] [--plot FILE.png]
     python -m zoology.benchmark --draw FILE.json [--draw OTHER.json ...] --plot FILE.png [--out JOINED.json]
     python -m zoology.benchmark --protocol base_conv+attention@128 --precisions bf16 --out FILE.json
 
@@ -26,7 +26,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
@@ -40,6 +40,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import architectures
 from zoology.config import DataConfig, ModelConfig, RunConfig, Slice, TrainConfig, layer, learning_rates
 from zoology.data import gather_labels
 from zoology.devices import choose_device
@@ -346,8 +347,10 @@ def measure_case(
 _together: dict[str, Any] = {}
 
 
-def _join(barrier, turn) -> None:
+def _join(barrier, turn, files: Sequence[str]) -> None:
     _together.update(barrier=barrier, turn=turn)
+    for path in files:
+        architectures.load_file(path)
 
 
 def _measure_in_turn(case: Case, device: str, repeats: int, mode: str) -> dict[str, Any]:
@@ -363,10 +366,12 @@ def _measure_in_turn(case: Case, device: str, repeats: int, mode: str) -> dict[s
         _together["turn"].release()
 
 
-def measure_together(todo: list[Case], device: torch.device, repeats: int, mode: str) -> list[dict[str, Any]]:
-    """Records of the cases, each built in a process of its own, side by side, and measured alone."""
+def measure_together(
+    todo: list[Case], device: torch.device, repeats: int, mode: str, files: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Records of the cases, each built in a process of its own, which loads `files`, side by side; measured alone."""
     context = multiprocessing.get_context("spawn")
-    together = (context.Barrier(len(todo)), context.Lock())
+    together = (context.Barrier(len(todo)), context.Lock(), files)
     with ProcessPoolExecutor(len(todo), context, initializer=_join, initargs=together) as pool:
         futures = [pool.submit(_measure_in_turn, case, str(device), repeats, mode) for case in todo]
         return [future.result() for future in futures]
@@ -379,9 +384,12 @@ def benchmark(
     repeats: int = 5,
     mode: str = "auto",
     jobs: int = 1,
+    files: Sequence[str] = (),
     report: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
-    """All records of the cases, with the machine they hold for."""
+    """All records of the cases, with the machine they hold for; `files` register architectures, in this process too."""
+    for path in files:
+        architectures.load_file(path)
     for case in todo:
         check_precision(case.precision, device)
         parse_model(case.model, case.shape.vocab_size)
@@ -391,7 +399,7 @@ def benchmark(
     for start in range(0, len(todo), jobs):
         wave = todo[start : start + jobs]
         if jobs > 1:
-            measured = measure_together(wave, device, repeats, mode)
+            measured = measure_together(wave, device, repeats, mode, files)
         else:
             measured = [measure_case(case, device, repeats, mode) for case in wave]
         for record in measured:
@@ -500,18 +508,23 @@ def extrapolation(results: list[dict[str, Any]], models: int = 43) -> str:
     )
 
 
-def load(*paths: Path | str) -> dict[str, Any]:
-    """The records of several files of one device as one. Raises ValueError for files of several, or of no records."""
-    return joined([_read(Path(path)) for path in paths])
+def load(*paths: Path | str, key: str = "step_ms") -> dict[str, Any]:
+    """The records of several files of one device as one: those of a command all of whose records have `key`.
+
+    Raises ValueError for files of several devices, of no records, or of another command.
+    """
+    return joined([_read(Path(path), key) for path in paths])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, key: str) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"records {path}: {getattr(error, 'strerror', None) or 'not JSON'}") from None
     if not isinstance(result, dict) or not {"device", "records"} <= result.keys():
         raise ValueError(f"records {path}: must hold what --out wrote, with 'device' and 'records'")
+    if not all(key in record for record in result["records"]):
+        raise ValueError(f"records {path}: some have no {key!r}: another command made them")
     return result
 
 
@@ -580,6 +593,9 @@ def command(
     repeats: Annotated[int, typer.Option(min=1, help="timed repeats, after one that is not")] = 5,
     mode: Annotated[str, typer.Option(help=f"auto, eager, {', '.join(MODES)}")] = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="processes that build side by side; they measure in turn")] = 1,
+    architecture_files: Annotated[
+        list[Path] | None, typer.Option("--architectures", help="file that registers architectures; can be repeated")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="raw records, JSON")] = None,
     plot: Annotated[Path | None, typer.Option(help="figure of the records")] = None,
     draw_from: Annotated[
@@ -590,11 +606,15 @@ def command(
 ) -> None:
     """Time a training step of each model: beside the plain loop of the field, and beside what the device could do."""
     try:
-        where = choose_device(device)
+        where, files = choose_device(device), [str(path) for path in architecture_files or ()]
         chosen = precisions.split(",") if precisions else (["tf32", "bf16"] if where.type == "cuda" else ["fp32"])
         if draw_from:
+            if out is None and plot is None:
+                raise ValueError("--draw: needs --plot, or --out to join records")
             result = load(*draw_from)
         elif protocol_of:
+            for path in files:
+                architectures.load_file(path)
             torch.set_num_threads(os.cpu_count() or 1)  # as a sweep with one worker
             result = protocol(protocol_of, chosen[0], where, epochs=epochs)
         else:
@@ -604,7 +624,7 @@ def command(
                 raise ValueError(f"--mode {mode!r}: CUDA graphs need a CUDA device, this is {where}")
             asked = parse_shapes(shapes, batch_size, vocab_size, steps)
             todo = cases(models.split(","), asked, chosen)
-            result = benchmark(todo, where, repeats=repeats, mode=mode, jobs=jobs)
+            result = benchmark(todo, where, repeats=repeats, mode=mode, jobs=jobs, files=files)
     except ValueError as error:
         print(f"zoology.benchmark: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
@@ -612,6 +632,7 @@ def command(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
     if plot is not None and "records" in result:
+        plot.parent.mkdir(parents=True, exist_ok=True)
         draw(result, plot)
 
 

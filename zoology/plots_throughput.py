@@ -30,7 +30,7 @@ def load(*paths: Path | str) -> dict[str, Any]:
     """`zoology.benchmark.load`: the records of several files as one document."""
     from zoology import benchmark
 
-    return benchmark.load(*paths)
+    return benchmark.load(*paths, key="kind")
 
 
 @functools.cache

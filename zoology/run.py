@@ -105,7 +105,6 @@ def sweep(options: dict[str, Any]) -> int:
     try:
         devices = resolve_devices(options["device"])
         scale, why = plan.choose_scale(options["scale"], devices != ["cpu"])
-        _say(console, why)
         configs, points = chosen_runs(options, scale)
         directory = options["out"] or Path("results", f"{options['experiment'].stem}-{scale}")
         limits = {
@@ -116,6 +115,7 @@ def sweep(options: dict[str, Any]) -> int:
         if options["retries"] < 0:
             raise PlanError(f"--retries {options['retries']}: must be 0 or more")
         setups, loggers = worker_setups(options, devices, directory), make_loggers(options["log"], directory)
+        _say(console, why)
         if options["dry_run"]:
             console.print(plan_table(plan.make_plan(configs, devices[0])))
             return Exit.DONE

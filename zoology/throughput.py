@@ -427,23 +427,28 @@ def trained(source: Path, scale: str, only: str = "") -> list[Subject]:
     Generation is timed over the last eighth of the longest test, at the state that accuracy is drawn against.
     """
     if source.is_file():
-        runs = load_sweep(source, scale)
-        found = [_trained(run.architecture, run.point_id, run.model, run.data.max_test_length) for run in runs]
-    else:
-        records = results.load_records(source)
-        lengths = [max(part["seq_len"] for part in record["slices"]) for record in records]
         found = [
-            _trained(record["architecture"], record["point_id"], ModelConfig(**record["config"]["model"]), length)
-            for record, length in zip(records, lengths)
+            (run.architecture, run.point_id, run.model, run.data.max_test_length) for run in load_sweep(source, scale)
         ]
-    wanted = set(only.split(",")) if only else {subject.also["architecture"] for subject in found}
-    if absent := wanted - {subject.also["architecture"] for subject in found}:
+    else:
+        found = [
+            (record["architecture"], record["point_id"], record["config"]["model"], _longest(record))
+            for record in results.load_records(source)
+        ]
+    known = {architecture for architecture, *_ in found}
+    wanted = set(only.split(",")) if only else known
+    if absent := wanted - known:
         raise ValueError(f"--only {only!r}: {source} has no {', '.join(sorted(absent))}")
-    chosen = {subject.name: subject for subject in found if subject.also["architecture"] in wanted}
-    return [subject for _, subject in sorted(chosen.items())]
+    chosen = {(one[0], one[1]): one for one in found if one[0] in wanted}
+    return [_trained(*one) for _, one in sorted(chosen.items())]
 
 
-def _trained(architecture: str, point_id: str, config: ModelConfig, length: int) -> Subject:
+def _longest(record: dict[str, Any]) -> int:
+    return max(part["seq_len"] for part in record["slices"])
+
+
+def _trained(architecture: str, point_id: str, model: ModelConfig | dict[str, Any], length: int) -> Subject:
+    config = ModelConfig.model_validate(model)
     new = max(1, length // 8)
     also = {"architecture": architecture, "point_id": point_id, "layers": config.n_layers}
     return Subject(f"{architecture} {point_id}", config, also, length - new, new)
@@ -498,7 +503,7 @@ class Records:
     def __init__(self, document: dict[str, Any], path: Path | None, report: Callable[[str], Any]):
         self.document, self.path, self.report = document, path, report
         if path is not None and path.is_file():
-            self.document = joined([load(path), document])
+            self.document = joined([load(path, key="kind"), document])
 
     def holds(self, subject: Subject, point: Point) -> bool:
         asked = {"model": subject.name, **point._asdict(), "layers": subject.config.n_layers}
@@ -580,7 +585,9 @@ def command(
         if chosen not in DTYPES:
             raise ValueError(f"--dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
         if draw_from:
-            document = load(*draw_from)
+            if out is None and plot is None:
+                raise ValueError("--draw: needs --plot, or --out to join records")
+            document = load(*draw_from, key="kind")
         else:
             for path in architectures_file or ():
                 architectures.load_file(path)
@@ -592,17 +599,18 @@ def command(
                     subject, _numbers("--batch", batch), prompt, new_tokens, [] if results_of else _prompts(length)
                 ),
             )  # fmt: skip
+        if draw_from and out is not None:
+            store.write_atomically(out, json.dumps(document, indent=1) + "\n")
+        if plot is not None:
+            from zoology import plots_throughput
+
+            of_results = results_of is not None and results_of.is_dir()
+            frame = results.comparable(results.load(results_of)) if of_results else None
+            plot.mkdir(parents=True, exist_ok=True)
+            print("\n".join(map(str, plots_throughput.save_all(document, plot, frame))))
     except (ValueError, OSError) as error:
         print(f"zoology.throughput: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    if draw_from and out is not None:
-        store.write_atomically(out, json.dumps(document, indent=1) + "\n")
-    if plot is not None:
-        from zoology import plots_throughput
-
-        frame = results.comparable(results.load(results_of)) if results_of is not None and results_of.is_dir() else None
-        plot.mkdir(parents=True, exist_ok=True)
-        print("\n".join(map(str, plots_throughput.save_all(document, plot, frame))))
 
 
 def _measure(

@@ -8,11 +8,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from architectures import registry
 from zoology import benchmark
 from zoology.graphs import MODES, forget_loops
 from zoology.loops import EagerLoop
 
-BUILD_TIMES = Path(__file__).parents[2] / "experiments" / "results" / "training" / "build_h200.json"
+RESULTS = Path(__file__).parents[2] / "experiments" / "results"
+BUILD_TIMES = RESULTS / "training" / "build_h200.json"
+SPEED = RESULTS / "throughput" / "models.json"
+PLOT = ("--plot", "plot.png")
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +54,26 @@ def test_a_record_for_every_model_shape_and_precision(result):
     assert set(result[0]["ceilings"]) == {"copy", "fp32", "bf16"}
 
 
-def test_loops_built_side_by_side_are_measured_in_turn():
+OWN = """
+from architectures import register
+from architectures.base_conv import BaseConv
+
+
+@register("own_conv", paper="none")
+class OwnConv(BaseConv):
+    '''An architecture in a file of its own.'''
+"""
+
+
+def test_loops_built_side_by_side_are_measured_in_turn(tmp_path, monkeypatch):
+    """Each process knows the architectures of the user's own file."""
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    path = tmp_path / "own_conv.py"
+    path.write_text(OWN)
     shape = benchmark.Shape(16, 2, 8, 64, 3)
-    todo = benchmark.cases(["base_conv@8"], [shape], ["fp32", "bf16"])
-    result = benchmark.benchmark(todo, torch.device("cpu"), repeats=2, mode="eager", jobs=2, report=str)
+    todo = benchmark.cases(["own_conv@8"], [shape], ["fp32", "bf16"])
+    options = {"repeats": 2, "mode": "eager", "jobs": 2, "files": [str(path)], "report": str}
+    result = benchmark.benchmark(todo, torch.device("cpu"), **options)
     one, two = result["records"]
     assert (one["precision"], two["precision"]) == ("fp32", "bf16")
     assert one["baseline_step_ms"] == two["baseline_step_ms"]
@@ -70,7 +90,7 @@ def test_what_cannot_be_built_keeps_nobody_waiting():
 
 def test_the_plot_is_drawn_from_the_records_alone(result):
     document, folder = result
-    again = folder / "again.png"
+    again = folder / "figures" / "again.png"
     benchmark.app(["--draw", str(folder / "records.json"), "--plot", str(again)], standalone_mode=False)
     assert again.read_bytes() == (folder / "plot.png").read_bytes()
     slower = copy.deepcopy(document)
@@ -124,10 +144,19 @@ def test_the_protocol_runs_every_learning_rate_to_its_end():
         (["--mode", "fast"], f"--mode 'fast': must be one of auto, eager, {', '.join(MODES)}"),
         (["--mode", "pieces graph"], "--mode 'pieces graph': CUDA graphs need a CUDA device, this is cpu"),
         (["--precisions", "tf32"], "a mode of NVIDIA tensor cores"),
+        (["--architectures", "absent.py"], "absent.py does not exist"),
         (["--device", "gpu"], "--device gpu: no device of torch; allowed are auto, cpu, cuda"),
-        (["--draw", "nowhere.json"], "records nowhere.json: No such file or directory"),
-        (["--draw", __file__], "not JSON"),
-        (["--draw", str(BUILD_TIMES)], "build_h200.json: must hold what --out wrote, with 'device' and 'records'"),
+        (["--draw", "nowhere.json", *PLOT], "records nowhere.json: No such file or directory"),
+        (["--draw", __file__, *PLOT], "not JSON"),
+        (
+            ["--draw", str(BUILD_TIMES), *PLOT],
+            "build_h200.json: must hold what --out wrote, with 'device' and 'records'",
+        ),
+        (
+            ["--draw", str(SPEED), *PLOT],
+            "models.json: some have no 'step_ms': another command made them",
+        ),
+        (["--draw", str(BUILD_TIMES)], "--draw: needs --plot, or --out to join records"),
     ],
 )
 def test_bad_options_are_named(arguments, message):

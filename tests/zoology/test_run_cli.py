@@ -247,6 +247,7 @@ def test_bad_options_are_refused_before_anything_runs(command, tmp_path, argumen
     said = command(*arguments, *dry)
     assert said.exit_code == Exit.USAGE
     assert message in " ".join(said.output.replace("│", " ").split())
+    assert "scale laptop" not in said.output
     assert not list(tmp_path.glob("out/*/config.json"))
 
 

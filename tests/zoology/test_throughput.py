@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from zoology.model import LanguageModel
 from zoology.runner.plan import load_sweep
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+STEPS = EXPERIMENTS / "results" / "training" / "steps_h200.json"
 MODELS = ["base_conv+attention@16", "base_conv+based:feature_dim=4@16"]
 HUGE = 10**9
 
@@ -194,7 +196,9 @@ def test_a_fixed_state_decodes_in_the_same_time_everywhere(tmp_path):
         (["--results", EXPERIMENTS / "mqar_sweep.py", "--scale", "smoke", "--only", "elephant"], "has no elephant"),
         (["--dtype", "int8"], "--dtype 'int8': must be one of bf16, fp32"),
         (["--results", "nowhere"], "results directory nowhere: No such file"),
-        (["--draw", "nowhere.json"], r"records nowhere\.json: No such file"),
+        (["--draw", "nowhere.json", "--plot", "."], r"records nowhere\.json: No such file"),
+        (["--draw", STEPS, "--plot", "."], r"steps_h200\.json: some have no 'kind': another command made them"),
+        (["--draw", "nowhere.json"], "--draw: needs --plot, or --out to join records"),
         (["--device", "gpu"], "--device gpu: no device of torch; allowed are auto, cpu, cuda"),
         (["--kernels", "64"], "--kernels: needs a CUDA device and Triton"),
     ],
@@ -237,6 +241,19 @@ def test_the_models_of_an_experiment_file_are_those_its_results_will_have():
         assert subject.prompt + subject.new_tokens == runs[point].data.max_test_length
 
 
+def test_only_the_architectures_that_are_asked_for_have_to_be_known(results_directory, tmp_path):
+    """Results of somebody else's mixer, whose file is not at hand."""
+    directory = shutil.copytree(results_directory, tmp_path / "results")
+    for path in directory.glob("*/result.json"):
+        record = json.loads(path.read_text())
+        if record["architecture"] == "based":
+            path.write_text(path.read_text().replace('"based"', '"theirs"'))
+    (subject,) = throughput.trained(directory, "paper", "attention")
+    assert subject.also["architecture"] == "attention"
+    with pytest.raises(ValueError, match=r"unknown architecture 'theirs': .*--architectures FILE"):
+        throughput.trained(directory, "paper")
+
+
 def test_recall_and_speed_stand_at_the_same_models(recalled):
     frame, document = recalled
     table = plots_throughput.recall(frame, document)
@@ -263,10 +280,14 @@ def test_recall_and_speed_are_drawn_from_the_command_line(recalled, results_dire
     assert {file.name for file in tmp_path.glob("*.png")} == {"recall_and_speed.png"}
 
 
-def test_results_that_were_not_timed_are_refused(recalled, timed):
+def test_results_that_were_not_timed_are_refused(recalled, timed, results_directory, tmp_path):
     frame, _ = recalled
     with pytest.raises(ValueError, match=r"none of these results was timed: must be records of `zoology\.throughput"):
         plots_throughput.recall(frame, timed[0])
+    arguments = ["--draw", timed[1], "--results", results_directory, "--plot", tmp_path]
+    said = CliRunner().invoke(throughput.app, [str(argument) for argument in arguments])
+    assert said.exit_code == 2
+    assert "none of these results was timed" in said.output
 
 
 # -- made-up records ----------------------------------------------------------------------------------------
