@@ -10,6 +10,7 @@ import torch
 
 from zoology.config import SCHEMA_VERSION, DataConfig, ModelConfig, RunConfig, Slice, TrainConfig, layer
 from zoology.engines.local import EpochDone, Finished, Started
+from zoology.graphs import forget_loops
 from zoology.model import LanguageModel
 from zoology.runner import plan, store, worker
 from zoology.runner.driver import run_sweep
@@ -37,6 +38,38 @@ def tiny_run(layers=("base_conv", "attention"), *, lr=1e-2, epochs=1, num_exampl
 @pytest.fixture
 def make_run():
     return tiny_run
+
+
+def ragged_run(names=("base_conv", "attention"), *, seed=0, batch_size=24, model=None, **options):
+    """Slices of 60 and 30 examples in batches of 24: both end in a short batch. No dropout."""
+    short = MQAR(vocab_size=32, seq_len=16, num_kv_pairs=2)
+    long = MQAR(vocab_size=32, seq_len=24, num_kv_pairs=4)
+    model = {"embed_dropout": 0.0} | (model or {})
+    options = {"lr": 1e-2, "epochs": 2, "stop_accuracy": None} | options
+    return RunConfig(
+        architecture=names[-1],
+        model=ModelConfig(vocab_size=32, d_model=16, layers=[layer(name) for name in names], **model),
+        data=DataConfig(
+            train=[Slice(task=short, num_examples=60), Slice(task=long, num_examples=30)],
+            test=[Slice(task=short, num_examples=50, name="short"), Slice(task=long, num_examples=30, name="long")],
+            batch_size=batch_size,
+        ),
+        train=TrainConfig(**options),
+        seed=seed,
+    )
+
+
+@pytest.fixture
+def small_run():
+    return ragged_run
+
+
+@pytest.fixture
+def no_loops_left():
+    """Whatever was recorded before, and is during the test, serves no other."""
+    forget_loops()
+    yield
+    forget_loops()
 
 
 class InProcessEngine:

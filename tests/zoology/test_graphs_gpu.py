@@ -14,16 +14,9 @@ from zoology.model import LanguageModel
 from zoology.tasks import MQAR
 from zoology.train import train
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_loops_left")]
 
 CUDA = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _no_loops_left():
-    forget_loops()
-    yield
-    forget_loops()
 
 
 @pytest.fixture

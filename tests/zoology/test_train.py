@@ -1,18 +1,14 @@
 """Training: deterministic, scheduled as configured, stopped by NaN with the step; evaluation of any callable."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import zoology
 from zoology.config import TrainConfig
-from zoology.data import epoch_batches, load_split
-from zoology.evaluate import Score, summarise
+from zoology.evaluate import Score
 from zoology.loops import EagerLoop, epoch_rates
-from zoology.tasks import MQAR
 from zoology.train import TrainingDiverged, learning_rate, train
 
 
@@ -135,76 +131,3 @@ def test_the_first_step_of_an_epoch_has_the_rate_of_its_beginning():
 def test_epochs_report_the_scheduled_rate(make_run):
     rates = [epoch.lr for epoch in train(make_run(epochs=4, stop_accuracy=None)).epochs]
     assert rates == pytest.approx([1e-2 * 0.5 * (1 + math.cos(math.pi * n / 4)) for n in range(4)])
-
-
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_an_epoch_shows_every_example_once(shuffle):
-    generator = torch.Generator().manual_seed(0)
-    batches = list(epoch_batches([40, 28], 4, shuffle=shuffle, generator=generator))
-    for index, size in enumerate((40, 28)):
-        rows = torch.cat([rows for which, rows in batches if which == index])
-        assert rows.sort().values.tolist() == list(range(size))
-    in_order = [index for index, _ in batches] == [0] * 10 + [1] * 7
-    assert in_order is not shuffle
-    again = list(epoch_batches([40, 28], 4, shuffle=shuffle, generator=generator))
-    same = all(torch.equal(a[1], b[1]) for a, b in zip(batches, again))
-    assert same is not shuffle
-
-
-def test_splits_share_no_example(make_run):
-    data = make_run().data
-    rows = [row for split in ("train", "validation", "test") for _, d in load_split(data, split) for row in d.tokens]
-    assert len({tuple(row.tolist()) for row in rows}) == len(rows)
-
-
-TASK = MQAR(vocab_size=32, seq_len=16, num_kv_pairs=2, random_non_queries=False)
-
-
-def oracle(tokens):
-    """Logits of a perfect recaller: the token that followed the first occurrence of the current one."""
-    first = (tokens[:, None, :] == tokens[:, :, None]).int().argmax(-1)
-    following = tokens.gather(1, (first + 1).clamp_max(tokens.shape[1] - 1))
-    return torch.nn.functional.one_hot(following, 32).float()
-
-
-def test_evaluate_scores_a_perfect_and_a_blind_callable():
-    perfect = zoology.evaluate(oracle, TASK, 50, 0)
-    assert perfect == (1.0, 0.0, 50)
-    blind = zoology.evaluate(lambda tokens: torch.zeros(*tokens.shape, 32), TASK, 50, 0)
-    assert blind.accuracy == 0.0
-
-
-def test_a_score_has_the_standard_error_of_its_mean():
-    score = summarise(torch.tensor([1.0, 0.0, 1.0, 0.5, 1.0], dtype=torch.float64))
-    assert score.accuracy == pytest.approx(0.7)
-    assert score.stderr == pytest.approx(math.sqrt((3 * 0.3**2 + 0.7**2 + 0.2**2) / 4 / 5))
-    assert score.num_examples == 5
-    assert math.isnan(summarise(torch.ones(1)).stderr)
-
-
-def test_evaluate_takes_shifted_logits_and_output_objects():
-    def shifted(tokens):
-        return SimpleNamespace(logits=torch.roll(oracle(tokens), -1, dims=1))
-
-    assert zoology.evaluate(shifted, TASK, 50, 0, alignment="next").accuracy == 1.0
-    assert zoology.evaluate(shifted, TASK, 50, 0).accuracy < 0.5
-
-
-def test_evaluate_refuses_what_it_cannot_score():
-    with pytest.raises(ValueError, match=r"shape \[50, 16, 31\], expected \[50, 16, 32\]"):
-        zoology.evaluate(lambda tokens: torch.zeros(*tokens.shape, 31), TASK, 50, 0)
-    with pytest.raises(ValueError, match="alignment='previous'"):
-        zoology.evaluate(oracle, TASK, 5, 0, alignment="previous")
-    with pytest.raises(ValueError, match="batch_size=0: must be at least 1"):
-        zoology.evaluate(oracle, TASK, 5, 0, batch_size=0)
-
-
-def test_evaluate_leaves_a_module_in_its_mode():
-    class Always(torch.nn.Module):
-        def forward(self, tokens):
-            assert not self.training
-            return oracle(tokens)
-
-    model = Always().train()
-    zoology.evaluate(model, TASK, 5, 0)
-    assert model.training
