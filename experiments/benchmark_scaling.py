@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the record to this file")
     options = parser.parse_args()
     devices = resolve_devices(options.device)
+    if devices == ["cpu"] and options.scale == "paper":
+        parser.error("--scale paper is made for GPUs, this takes the CPU; --scale smoke tries the program")
 
     result = {
         "cores": len(os.sched_getaffinity(0)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -45,8 +46,11 @@ def load(directory: Path | str) -> pd.DataFrame:
 
 
 def load_records(directory: Path | str) -> list[dict[str, Any]]:
-    """The contents of every result.json of a results directory; raises as `load` does."""
+    """The contents of every result.json of a results directory; raises as `load` does, and warns of broken ones."""
     found = store.scan(directory)
+    if found.broken:
+        broken = "; ".join(f"that of run {run_id} {reason}" for run_id, reason in found.broken.items())
+        warnings.warn(f"{directory}: results left out: {broken}", stacklevel=2)
     if not found.finished:
         raise store.ResultsError(f"{directory} holds no finished run")
     return list(found.finished.values())

@@ -77,6 +77,15 @@ def test_every_worker_builds_for_itself_before_the_clock_runs(measure):
     assert record["ratio"] == 2.0
 
 
+def test_the_paper_scale_is_refused_on_a_cpu(scaling, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "resolve_devices", lambda text: ["cpu"])
+    monkeypatch.setattr(scaling, "worker_setups", lambda *_: pytest.fail("workers were set up"))
+    monkeypatch.setattr(sys, "argv", [""])
+    with pytest.raises(SystemExit):
+        scaling.main()
+    assert "--scale paper is made for GPUs, this takes the CPU" in capsys.readouterr().err
+
+
 def test_a_build_within_the_clock_is_an_error(measure):
     with pytest.raises(RuntimeError, match=r"one: models were built within the clock, for \[5\.0\] seconds"):
         measure(build_seconds=5.0)

@@ -113,7 +113,8 @@ def test_a_truncated_result_is_left_out(results_directory, tmp_path):
     path.write_text(path.read_text()[:100])
     (directory / ("f" * 12)).mkdir()
     (directory / ("f" * 12) / "error.txt").write_text("ValueError: no\n\nTraceback\n")
-    frame = results.load(directory)
+    with pytest.warns(UserWarning, match=f"left out: that of run {path.parent.name} is not valid JSON"):
+        frame = results.load(directory)
     assert frame["run_id"].nunique() == 7
     assert path.parent.name not in set(frame["run_id"])
     assert results.failures(directory).to_dict("records") == [{"run_id": "f" * 12, "error": "ValueError: no"}]
