@@ -363,3 +363,21 @@ def test_a_reader_that_stops_reading_is_no_error(records, write_records):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize(("gap", "decided"), [(0.05, 0), (0.1, 0), (0.11, 1)])
+def test_a_pair_is_decided_by_more_than_repeats_of_either_differ(gap, decided):
+    rows = [("one", 0.5 + gap, 0.02), ("other", 0.5, 0.1)]
+    points = pd.DataFrame(
+        {
+            "architecture": name,
+            "d_model": 64,
+            "published": published,
+            "accuracy": 0.5,
+            "spread_low": low,
+            "spread_high": low,
+        }
+        for name, published, low in rows
+    )
+    (row,) = compare.order(points, "d_model")
+    assert row["decided"] == decided

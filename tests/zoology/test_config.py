@@ -46,6 +46,7 @@ def test_learning_rate_and_seed_are_runs_of_one_point(make_run):
     points = {make_run(lr=lr, seed=seed).point_id for lr in (1e-3, 1e-2) for seed in (0, 1)}
     assert points == {make_run().point_id}
     assert make_run(epochs=3).point_id not in points
+    assert make_run(precision="bf16").point_id not in points
 
 
 def test_a_new_task_version_is_a_new_run(make_run, monkeypatch):

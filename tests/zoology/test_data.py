@@ -30,3 +30,13 @@ def test_numbers_are_kept_in_the_smallest_type():
     assert compact(torch.tensor([-100, 32767])).dtype == torch.int16
     assert compact(torch.tensor([0, 32768])).dtype == torch.int32
     assert compact(torch.tensor([0, 32768])).tolist() == [0, 32768]
+
+
+def test_the_seed_of_the_data_draws_every_split(make_run):
+    data = make_run().data
+    seeded = data.model_copy(update={"seed": 5})
+    for split in ("train", "validation", "test"):
+        for part, found in load_split(seeded, split):
+            assert torch.equal(found.tokens, part.task.split(split, part.num_examples, 5).inputs)
+    hashes, others = data.hashes(), seeded.hashes()
+    assert all(set(hashes[split]).isdisjoint(others[split]) for split in hashes)

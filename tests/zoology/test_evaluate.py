@@ -3,12 +3,14 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import zoology
-from zoology.evaluate import summarise
-from zoology.tasks import MQAR
+from zoology.data import Labelled
+from zoology.evaluate import score, summarise
+from zoology.tasks import IGNORE_INDEX, MQAR, Task
 
 TASK = MQAR(vocab_size=32, seq_len=16, num_kv_pairs=2, random_non_queries=False)
 
@@ -61,3 +63,39 @@ def test_evaluate_leaves_a_module_in_its_mode():
     model = Always().train()
     zoology.evaluate(model, TASK, 5, 0)
     assert model.training
+
+
+def test_every_example_counts_the_same_however_many_labels_it_has():
+    """Of three, one, and two labels: what fills the rows up is no answer, not even a right one."""
+    none = IGNORE_INDEX
+    targets = torch.tensor([[5, 6, 7], [5, none, none], [5, 6, none]])
+    data = Labelled(torch.zeros(3, 8, dtype=torch.int64), torch.zeros(3, 3, dtype=torch.int64), targets)
+    answers = torch.tensor([[5, 6, 0], [5, none, none], [0, 6, none]])
+    for batch_size in (1, 2, 3):
+        rows = iter(answers.split(batch_size))
+        found = score(lambda batch, rows=rows: next(rows), data, batch_size)
+        assert found.accuracy == pytest.approx((2 / 3 + 1 + 1 / 2) / 3)
+        assert found.num_examples == 3
+
+
+def test_a_shifted_label_may_stand_anywhere_but_at_the_first_position():
+    class Echo(Task):
+        """Every token from `first` on is its own answer, in every second row only the last one is asked for."""
+
+        vocab_size: int = 32
+        seq_len: int = 6
+        first: int = 1
+
+        def draw(self, stream, n):
+            inputs = stream.integers(0, 32, n, 6).astype(np.int64)
+            labels = np.full_like(inputs, IGNORE_INDEX)
+            labels[:, self.first :] = inputs[:, self.first :]
+            labels[::2, :-1] = IGNORE_INDEX
+            return inputs, labels
+
+    def foreseeing(tokens):
+        return torch.nn.functional.one_hot(tokens.roll(-1, 1), 32).float()
+
+    assert zoology.evaluate(foreseeing, Echo(), 20, 0, alignment="next").accuracy == 1.0
+    with pytest.raises(ValueError, match="alignment='next': a label at position 0 has no token before it"):
+        zoology.evaluate(foreseeing, Echo(first=0), 20, 0, alignment="next")

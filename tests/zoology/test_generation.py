@@ -63,6 +63,18 @@ def test_a_prefix_is_read_whole_with_the_first_chunk(chunk_size):
     assert not torch.allclose(actual, model(tokens)[:, 12:], rtol=1e-3)
 
 
+def test_decoding_goes_on_with_weights_that_changed_meanwhile():
+    model, tokens = build(ATTENTION, channel_mixer="swiglu"), draw(3, 8)
+    decoder = Decoder(model, 3, 8)
+    before = decoded_logits(decoder, tokens, 5)
+    for parameter in model.parameters():
+        parameter.mul_(1.5)
+    decoder.reset()
+    expected = model(tokens)[:, 4:]
+    assert torch.allclose(decoded_logits(decoder, tokens, 5), expected, rtol=1e-8, atol=1e-11)
+    assert not torch.allclose(before, expected, rtol=1e-3)
+
+
 def test_wide_heads_are_cached_in_multiples_of_8():
     torch.manual_seed(0)
     layers = tuple(layer(name, num_heads=2, rotary_fraction=36 / 70) for name in ("attention", "sliding_window"))

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 import architectures
 from zoology.config import ModelConfig, layer
 from zoology.data import gather_labels
-from zoology.model import LanguageModel, measured_state
+from zoology.generation import Decoder
+from zoology.model import LONG_GENERATION, LanguageModel, measured_state
 from zoology.tasks import IGNORE_INDEX, MQAR
 from zoology.train import labelled_loss
 
@@ -102,6 +103,34 @@ def test_sampled_generation_follows_seed_and_temperature():
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert torch.equal(model.generate(tokens, 6, temperature=1e-7, seed=5), model.generate(tokens, 6))
+
+
+@torch.no_grad()
+def test_a_text_is_drawn_from_one_stream():
+    """The draws of later tokens are not those of the first one again."""
+    model, tokens = build("attention", seed=3), TASK.sample(4, seed=3).inputs[:, :5]
+    decoder = Decoder(model, 4, 11)
+    first = decoder.pick(decoder.prefill(tokens), temperature=2.0, seed=5)
+    rest = decoder.decode(first, 5, temperature=2.0)
+    made = model.generate(tokens, 6, temperature=2.0, seed=5)
+    assert torch.equal(made, torch.cat([tokens, first[:, None], rest], 1))
+    decoder.reset()
+    decoder.prefill(tokens)
+    assert not torch.equal(decoder.decode(first, 5, temperature=2.0, seed=5), rest)
+
+
+@pytest.mark.parametrize(("new", "compiled"), [(LONG_GENERATION - 1, False), (LONG_GENERATION, "auto")])
+def test_a_short_text_is_not_worth_a_compiler(monkeypatch, new, compiled):
+    class Asked(Exception):
+        pass
+
+    def ask(*_, compiled):
+        raise Asked(compiled)
+
+    monkeypatch.setattr("zoology.generation.Decoder", ask)
+    with pytest.raises(Asked) as asked:
+        build("attention").generate(torch.zeros(1, 1, dtype=torch.int64), new)
+    assert asked.value.args == (compiled,)
 
 
 def test_paper_init_is_gpt2s():

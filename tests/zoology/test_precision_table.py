@@ -69,6 +69,19 @@ def test_each_precision_has_mean_and_range_and_is_held_against_fp32(records):
     assert rows["bf16", "mean"]["train_seconds"] == pytest.approx(10.0)
 
 
+def test_a_precision_that_is_ahead_of_fp32_is_not_behind_it(make_run, make_record):
+    """By more than seeds differ, of which there is one each."""
+    accuracies = {"fp32": 0.8, "bf16": 0.9}
+    records = [
+        make_record(make_run(precision=name), {"short": 1.0, "long": value}) | {"precision": name}
+        for name, value in accuracies.items()
+    ]
+    table = precision_table.by_precision(results.from_records(records))
+    ahead = table[(table["precision"] == "bf16") & (table["slice"] == "long")].iloc[0]
+    assert ahead["behind"] == pytest.approx(-0.1)
+    assert ahead["within"]
+
+
 def test_the_table_is_printed_from_a_directory(records, write_records, capsys, tmp_path):
     directory = write_records(records)
     assert precision_table.main([str(directory)]) == 0

@@ -348,6 +348,18 @@ def test_rerun_all_starts_from_the_first_epoch(tmp_path, make_run, in_process_en
     assert record["resumed"] is False
 
 
+@pytest.mark.parametrize("kind", ["crashed", "timed out", "out of memory", "error", "diverged"])
+def test_what_came_from_outside_goes_on_where_it_was(tmp_path, make_run, in_process_engine, watcher, kind):
+    """What broke a run from inside would break it again."""
+    (run,) = plan.make_plan([make_run()], "cpu")
+    engine = in_process_engine(tmp_path, {run.run_id: [Failure(kind, "no more")]})
+    folder = store.RunFolder(tmp_path, run.run_id)
+    folder.path.mkdir()
+    folder.checkpoint.write_bytes(b"x")
+    assert sweep([run], tmp_path, engine, watcher, retries=0).exit is Exit.FAILURES
+    assert folder.checkpoint.exists() is (kind in ("crashed", "timed out", "out of memory"))
+
+
 def test_an_error_forgets_the_checkpoint_and_a_crash_keeps_it(tmp_path, make_run):
     for kind, kept in (("error", False), ("crash", True)):
         folder = store.RunFolder(tmp_path, make_run().run_id)

@@ -153,3 +153,11 @@ def test_power_law_handicaps():
 def test_what_cannot_be_drawn_is_refused(draw, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         draw(Stream(bytes(16)))
+
+
+def test_certain_and_impossible_events():
+    """At both ends of the words."""
+    draws = stream()
+    draws.words = lambda n, *shape: np.array([0, 2**32 - 1], dtype=np.uint32)
+    assert draws.bernoulli(1.0, 2).all()
+    assert not draws.bernoulli(0.0, 2).any()

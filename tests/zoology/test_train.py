@@ -7,8 +7,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from zoology.config import TrainConfig
+from zoology.data import epoch_batches
 from zoology.evaluate import Score
-from zoology.loops import EagerLoop, epoch_rates
+from zoology.loops import EagerLoop, check_losses, epoch_rates
+from zoology.model import LanguageModel
 from zoology.train import TrainingDiverged, learning_rate, train
 
 
@@ -29,6 +31,39 @@ def test_same_config_same_numbers_and_the_seed_matters(make_run):
     assert [e.loss for e in first.epochs] == [e.loss for e in again.epochs]
     assert first.test == again.test
     assert first.epochs[-1].loss != other.epochs[-1].loss
+
+
+def test_the_seed_starts_the_weights(make_run):
+    """A step that is too small to move a weight leaves those that the seed gave."""
+    for seed in (0, 5):
+        config = make_run(lr=1e-30, seed=seed)
+        torch.manual_seed(seed)
+        wanted = LanguageModel(config.model).state_dict()
+        found = train(config).model.state_dict()
+        assert all(torch.allclose(found[name], wanted[name], rtol=0, atol=1e-20) for name in wanted)
+
+
+def test_the_seed_orders_the_examples_whatever_the_model_is(make_run, monkeypatch):
+    orders = []
+
+    def noted(*arguments, **options):
+        batches = list(epoch_batches(*arguments, **options))
+        orders.append([(index, rows.tolist()) for index, rows in batches])
+        return batches
+
+    monkeypatch.setattr("zoology.train.epoch_batches", noted)
+    for run in (make_run(seed=5), make_run(("attention",), seed=5), make_run(seed=6)):
+        train(run)
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+
+
+def test_the_loss_of_an_epoch_is_the_mean_of_its_steps_and_finite():
+    config = TrainConfig(lr=0.5)
+    assert check_losses(torch.tensor([1.0, 2.0, 6.0]), 1, config) == 3.0
+    for broken in ("inf", "-inf", "nan"):
+        with pytest.raises(TrainingDiverged, match=rf"{broken} at epoch 4, step 2 of 3 \(lr=0.5\)"):
+            check_losses(torch.tensor([1.0, float(broken), 6.0]), 4, config)
 
 
 def test_stops_early_once_validation_is_above_the_threshold(make_run):
