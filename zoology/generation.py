@@ -343,8 +343,7 @@ class Decoder:
         if not self.model.takes_prefix:
             prefix_length = 0
         first = min(length, max(self.chunk_size, prefix_length))
-        longest = max(first, min(length - first, self.chunk_size))
-        self._check_chunk(longest)
+        self._check_chunk(first)  # no later one is longer
         last = self._read(tokens[:, :first], prefix_length)
         for start in range(first, length, self.chunk_size):
             last = self._read(tokens[:, start : start + self.chunk_size], 0)

@@ -67,3 +67,10 @@ def test_a_copy_has_the_types_of_the_state_and_memory_of_its_own():
     assert not copied.parts[1].spectrum.any()
     shapes = [tuple(tensor.shape) for _, tensor in state_tensors(map_state(lambda tensor: tensor[..., None], state))]
     assert shapes == [(1, 3, 1), (1,), (1, 2, 1), (1,), (1, 5, 1)]
+
+
+def test_sums_are_kept_in_float32_beside_16_bits_unless_a_dtype_is_given():
+    low, full = Mixer().bfloat16(), Mixer()
+    assert low.like_sums()["dtype"] == torch.float32
+    assert low.like_sums(dtype=torch.bfloat16)["dtype"] == torch.bfloat16
+    assert full.like_sums()["dtype"] == torch.float64

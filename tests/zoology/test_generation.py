@@ -64,7 +64,7 @@ def test_a_prefix_is_read_whole_with_the_first_chunk(chunk_size):
 
 
 def test_decoding_goes_on_with_weights_that_changed_meanwhile():
-    model, tokens = build(ATTENTION, channel_mixer="swiglu"), draw(3, 8)
+    model, tokens = build(BASED, channel_mixer="swiglu"), draw(3, 8)  # whose projections are joined
     decoder = Decoder(model, 3, 8)
     before = decoded_logits(decoder, tokens, 5)
     for parameter in model.parameters():
