@@ -111,8 +111,9 @@ def test_prefill_and_step_equal_forward(name):
     mixer = perturbed(name)
     x = torch.randn(2, 12, 8, dtype=torch.float64)
     wanted = mixer(x)
-    y, state = mixer.prefill(x[:, :5], mixer.init_state(2, 12))
-    outputs = list(y.unbind(1))
+    first, state = mixer.prefill(x[:, :3], mixer.init_state(2, 12))
+    second, state = mixer.prefill(x[:, 3:5], state)
+    outputs = [*first.unbind(1), *second.unbind(1)]
     for t in range(5, 12):
         y, state = mixer.step(x[:, t], state)
         outputs.append(y)

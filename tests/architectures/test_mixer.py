@@ -1,7 +1,9 @@
 """States as trees of tensors, and what of them counts as memory."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -74,3 +76,50 @@ def test_sums_are_kept_in_float32_beside_16_bits_unless_a_dtype_is_given():
     assert low.like_sums()["dtype"] == torch.float32
     assert low.like_sums(dtype=torch.bfloat16)["dtype"] == torch.bfloat16
     assert full.like_sums()["dtype"] == torch.float64
+
+
+class Kept(NamedTuple):
+    sums: Tensor
+    window: Tensor
+
+
+class Keeper(SequenceMixer):
+    """Sums of a fixed size, and a window that grows with the sequence."""
+
+    def init_state(self, batch_size, max_seq_len, *, device=None, dtype=None):
+        like = {"device": device, "dtype": dtype}
+        return Kept(torch.zeros(batch_size, 5, **like), torch.zeros(batch_size, max_seq_len, **like))
+
+
+@pytest.mark.parametrize(
+    ("sums", "window", "message"),
+    [
+        ((3, 5), (3, 9), None),
+        ((3, 5), (3, 1), None),
+        ((3, 6), (3, 9), r"state field 'sums' has shape \(3, 6\), expected \[3, 5\]"),
+        ((2, 5), (3, 9), r"state field 'sums' has shape \(2, 5\), expected \[3, 5\]"),
+        ((3, 5), (2, 9), r"state field 'window' has shape \(2, 9\), expected \[3, any\]"),
+        ((3, 5), (3, 9, 1), r"state field 'window' has shape \(3, 9, 1\), expected \[3, any\]"),
+    ],
+)
+def test_a_state_fits_but_for_its_length(sums, window, message):
+    state = Kept(torch.zeros(sums), torch.zeros(window))
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        Keeper(2).check_state(torch.zeros(3, 2), state)
+
+
+@pytest.mark.parametrize(
+    ("of_input", "of_state", "fits"),
+    [
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.bfloat16, torch.float32, True),
+        (torch.bfloat16, torch.float64, False),
+        (torch.bfloat16, torch.float16, False),
+        (torch.float32, torch.bfloat16, False),
+        (torch.float32, torch.float64, False),
+    ],
+)
+def test_a_state_has_the_dtype_of_the_input_or_float32_beside_16_bits(of_input, of_state, fits):
+    state = Keeper(2).init_state(3, 9, dtype=of_state)
+    with nullcontext() if fits else pytest.raises(ValueError, match=f"'sums' is {of_state}, the input {of_input}"):
+        Keeper(2).check_state(torch.zeros(3, 2, dtype=of_input), state)

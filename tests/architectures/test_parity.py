@@ -22,6 +22,11 @@ def check(mixer, backend, dtype=torch.float32, seq_len=LENGTH):
     return parity.check(mixer, backend, CPU, dtype, seq_len)
 
 
+def test_a_long_case_is_stood_in_for_by_two_chunks_and_its_rest():
+    assert [parity.stand_in(n) for n in (1, LENGTH - 1, LENGTH)] == [1, LENGTH - 1, LENGTH]
+    assert [parity.stand_in(n) for n in (1024, 1025, 1087)] == [128, 129, 191]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("seq_len", [1, 2, 33, LENGTH, 10 * LENGTH])
 def test_what_is_right_passes(fake_backends, dtype, seq_len):

@@ -124,6 +124,16 @@ def test_the_state_holds_both_sums():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_state_keeps_its_dtype_behind_a_prefix(dtype):
+    built, x = mixer().bfloat16(), inputs().bfloat16()
+    state = built.init_state(2, LENGTH, dtype=dtype)
+    for fill in (built.prefill, built.prefill_empty):
+        _, after = fill(x, clone_state(state), prefix_length=PREFIX)
+        assert (after.kv.dtype, after.key_sum.dtype) == (dtype, dtype)
+
+
+@torch.no_grad()
 def test_a_prefix_comes_first_and_whole():
     built, x = mixer(), inputs()
     _, after = built.prefill(x[:, :2], built.init_state(2, LENGTH))
