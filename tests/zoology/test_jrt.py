@@ -223,6 +223,24 @@ def test_the_order_figure_draws_it(order_records):
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["584", "1,584"]
 
 
+def test_of_models_with_equal_state_the_best_is_drawn_with_the_range_of_its_seeds(make_record):
+    runs = [run for run in plan.load_sweep(ORDER, "laptop") if run.architecture == "linear_attention"]
+    others = [run.model_copy(update={"model": run.model.model_copy(update={"embed_dropout": 0.2})}) for run in runs]
+    ranks = {seed: rank for rank, seed in enumerate(sorted({run.seed for run in runs}))}
+    records = [
+        make_record(
+            run, {label: value + 0.01 * ranks[run.seed] - lost for label, value in order_accuracies(run).items()}
+        )
+        for lost, part in ((0, runs), (0.3, others))
+        for run in part
+    ]
+    (axis,) = plots_jrt.order(results.from_records(records)).axes
+    means = {filled: y for _, filled, _, y in lines_of(axis)}
+    np.testing.assert_allclose([means[True], means[False]], [[0.724 + 0.015], [0.524 + 0.015]])
+    bars = [segment[:, 1] for lines in axis.collections for segment in lines.get_segments()]
+    np.testing.assert_allclose(sorted(map(tuple, bars)), [(0.524, 0.554), (0.724, 0.754)])
+
+
 def test_one_state_lies_within_every_panel(make_record):
     runs = [run for run in plan.load_sweep(ORDER, "paper") if (run.model.d_model, run.train.lr) == (36, 5e-4)]
     runs = [run for run in runs if run.model.layers[1].options["feature_dim"] == 4 and run.seed == 0]
