@@ -201,7 +201,7 @@ def _what(name: str) -> str:
 
 
 def generation_page(document: dict[str, Any], fast: str = "based-1.3b", slow: str = "attention-1.3b") -> str:
-    """The headline point of every model beside the published one, the ratio of two, and from where on it is CLAIM."""
+    """The headline point of every model beside the published one, and the ratio of two."""
     table = points(document, "generation")
     at = table[(table[list(HEADLINE)] == pd.Series(HEADLINE)).all(axis=1) & table["fits"]]
     rows = [
@@ -220,10 +220,11 @@ def generation_page(document: dict[str, Any], fast: str = "based-1.3b", slow: st
         f"{fast} / {slow}: **{headline['measured']:.1f}x** measured, {headline['by_bound']:.1f}x by the bounds, "
         f"{speeds['published'][fast] / speeds['published'][slow]:.1f}x published."
     )
-    return "\n\n".join([_markdown(titles, rows), told, _crossings_page(crossed)])
+    return "\n\n".join([_markdown(titles, rows), told])
 
 
-def _crossings_page(table: pd.DataFrame) -> str:
+def ratio_page(document: dict[str, Any], fast: str = "based-1.3b", slow: str = "attention-1.3b") -> str:
+    """`crossings` as Markdown: the ratio of two models by batch size and prompt, and from where on it is CLAIM."""
     fits = {True: "fits", False: "does not fit", None: "-"}
     rows = [
         (
@@ -231,7 +232,7 @@ def _crossings_page(table: pd.DataFrame) -> str:
             f"{row.from_position:,.0f}", f"{row.from_position_by_bound:,.0f}",
             f"{_gigabytes(row.state_bytes)} GB, {fits[row.fits]}",
         )
-        for row in table.itertuples()
+        for row in crossings(document, fast, slow).itertuples()
     ]  # fmt: skip
     titles = ("batch", "prompt", "measured", "by bounds", f"{CLAIM:.0f}x from position", "by bounds", "the cache there")
     return _markdown(titles, rows)

@@ -57,6 +57,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "architectures": architecture_table,
     "tasks": task_table,
     "generation": of_throughput("generation_page"),
+    "ratio": of_throughput("ratio_page"),
     "prefill": of_throughput("prefill_page"),
     "reading_twice": of_throughput("reading_twice_page"),
 }

@@ -14,6 +14,7 @@ from zoology.runner import plan
 from zoology.tasks import registry as task_registry
 
 README = Path(__file__).parents[2] / "README.md"
+PAGES = [README, *sorted(README.parent.glob("experiments/results/*/*.md")), *README.parent.glob("kernels/*/*.md")]
 
 
 def example(marker):
@@ -27,9 +28,10 @@ def num_lines(code):
 
 
 def test_tables_are_todays():
-    text = README.read_text()
-    assert text.count("<!-- table:") == len(tables.TABLES)
-    assert tables.replace_tables(text) == text
+    pages = [page.read_text() for page in PAGES if "<!-- table:" in page.read_text()]
+    assert sorted(re.findall("<!-- table: (.*) -->", "".join(pages))) == sorted(tables.TABLES)
+    for text in pages:
+        assert tables.replace_tables(text) == text
 
 
 def test_an_unknown_table_is_refused():
@@ -66,14 +68,21 @@ def test_the_commands_have_the_options_that_are_shown(module, arguments, monkeyp
         assert (README.parent / path).exists()
 
 
-PAGES = [README, *sorted(README.parent.glob("experiments/results/*/*.md")), *README.parent.glob("kernels/*/*.md")]
+def slugs(page):
+    """What the headings of a page are linked by."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(README.parent)))
 def test_every_link_leads_somewhere(page):
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     assert page != README or len(links) > 10
-    assert [link for link in links if "://" not in link and not (page.parent / link.split("#")[0]).exists()] == []
+    for path, _, part in (link.partition("#") for link in links if "://" not in link):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        shown = target / "README.md" if target.is_dir() else target
+        assert not part or part in slugs(shown), f"{path}#{part}"
 
 
 def test_every_table_row_names_its_state():

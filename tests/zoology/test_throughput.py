@@ -479,6 +479,11 @@ def test_the_page_of_generation_has_every_number(document):
         f"based-1.3b / attention-1.3b: **{mean / 2:.1f}x** measured, {mean / 2:.1f}x by the bounds, 24.5x published."
         in text
     )
+    assert cells(text, "128") == []
+
+
+def test_the_page_of_ratios_has_every_batch_size(document):
+    text, mean = plots_throughput.ratio_page(document), 1 + 128 * 576 / 1e4
     assert cells(text, "128") == [
         ["128", "64", f"{mean / 2:.1f}x", f"{mean / 2:.1f}x", "3,672", "3,672", "112.8 GB, fits"]
     ]
