@@ -369,7 +369,15 @@ def test_needs_are_counted():
     assert needs.states == 6 * model.state_bytes(100)
     assert needs.weights == 8 * model.num_parameters()
     assert needs.total == needs.weights + needs.states + needs.activations + needs.logits
+    assert needs.logits == 6 * 32 * 8  # in float32, and what is drawn from them
     assert generation.memory_needed(model.config, 6, 100, 10, torch.float64, weights=False).weights == 0
+
+
+@pytest.mark.parametrize(("mixer", "widths"), [("none", 24), ("mlp", 24 + 2 * 4), ("swiglu", 24 + 3 * 4)])
+def test_what_a_chunk_keeps_grows_with_the_channel_mixer(mixer, widths):
+    config = build(BASED, channel_mixer=mixer, channel_expand=4).config
+    found = [generation.memory_needed(config, 6, 100, tokens, torch.float64).activations for tokens in (0, 1, 10)]
+    assert found == [6 * tokens * widths * 16 * 8 for tokens in (1, 1, 10)]
 
 
 def test_what_cannot_fit_is_refused_before_it_is_allocated(monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from architectures import SequenceMixer, register, registry
 from architectures.mixer import clone_state
@@ -10,7 +11,7 @@ from zoology import step_layers
 from zoology.config import ModelConfig, layer
 from zoology.generation import Decoder
 from zoology.model import LanguageModel
-from zoology.step_layers import Columns, Joined, LastLinear, Rest, StepBlock, StepLinear, add_norm, total
+from zoology.step_layers import Columns, Joined, LastLinear, Rest, StepBlock, StepLinear, add_norm, rest_of, total
 
 
 def build(spec, **options):
@@ -88,6 +89,14 @@ def test_the_model_keeps_its_layers_and_shares_its_weights():
     assert step.mixer.out_proj is step.last
     shared = {id(parameter) for parameter in block.parameters()}
     assert {id(parameter) for parameter in step.parameters()} == shared
+
+
+def test_an_output_that_is_not_of_the_last_layer_is_refused():
+    last, x = LastLinear(nn.Linear(4, 3), 2), torch.randn(2, 4)
+    assert torch.allclose(rest_of(last(x), last).parts[0], F.linear(x, last.weight, last.bias))
+    y = last(x)
+    with pytest.raises(RuntimeError, match="a mixer's step ends otherwise than it did when it was looked at"):
+        rest_of(y + 1, last)
 
 
 def test_weights_that_changed_are_copied_again():
