@@ -607,6 +607,9 @@ def command(
     """Time a training step of each model: beside the plain loop of the field, and beside what the device could do."""
     try:
         where, files = choose_device(device), [str(path) for path in architecture_files or ()]
+        for path in (out, plot):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
         chosen = precisions.split(",") if precisions else (["tf32", "bf16"] if where.type == "cuda" else ["fp32"])
         if draw_from:
             if out is None and plot is None:
@@ -625,15 +628,13 @@ def command(
             asked = parse_shapes(shapes, batch_size, vocab_size, steps)
             todo = cases(models.split(","), asked, chosen)
             result = benchmark(todo, where, repeats=repeats, mode=mode, jobs=jobs, files=files)
-    except ValueError as error:
+        if out is not None:
+            out.write_text(json.dumps(result, indent=1) + "\n")
+        if plot is not None and "records" in result:
+            draw(result, plot)
+    except (ValueError, OSError) as error:
         print(f"zoology.benchmark: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    if plot is not None and "records" in result:
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        draw(result, plot)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from zoology.loops import EagerLoop
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 BUILD_TIMES = RESULTS / "training" / "build_h200.json"
+STEPS = RESULTS / "training" / "steps_h200.json"
 SPEED = RESULTS / "throughput" / "models.json"
 PLOT = ("--plot", "plot.png")
 
@@ -144,6 +145,9 @@ def test_the_protocol_runs_every_learning_rate_to_its_end():
         (["--mode", "fast"], f"--mode 'fast': must be one of auto, eager, {', '.join(MODES)}"),
         (["--mode", "pieces graph"], "--mode 'pieces graph': CUDA graphs need a CUDA device, this is cpu"),
         (["--precisions", "tf32"], "a mode of NVIDIA tensor cores"),
+        (["--out", f"{__file__}/records.json"], "File exists"),
+        (["--plot", f"{__file__}/plot.png"], "File exists"),
+        (["--draw", str(STEPS), "--plot", "plot.xyz"], "Format 'xyz' is not supported"),
         (["--architectures", "absent.py"], "absent.py does not exist"),
         (["--device", "gpu"], "--device gpu: no device of torch; allowed are auto, cpu, cuda"),
         (["--draw", "nowhere.json", *PLOT], "records nowhere.json: No such file or directory"),
