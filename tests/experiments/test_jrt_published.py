@@ -101,6 +101,8 @@ def test_the_committed_records_are_of_these_runs(planned_ids):
     assert table.set_index(["architecture", "seed"])["difference"].round(3).to_dict() == {
         ("own_weight", 5): 0.023,
         ("own_weight_noncausal", 5): -0.009,
+        ("own_weight", 6): 0.006,
+        ("own_weight_noncausal", 6): -0.012,
         ("own_weight", 3): -0.081,
         ("own_weight_noncausal", 3): -0.003,
     }
