@@ -276,12 +276,38 @@ def test_kernels_interpreted(close_when_interpreted):
     [
         *SHAPES,
         ((2, 256, 2, 64, 64), False, "deltanet"),
+        ((2, 256, 2, 128, 128), False, "deltanet"),
         ((1, 200, 2, 128, 256), True, "gated_deltanet"),
         ((2, 200, 2, 64, 64), True, "rwkv7"),
     ],
 )
 def test_kernels_against_float64(case, dtype, poisoned):
     close_to_float64(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("width", [64, 128])
+def test_kernels_repeat_to_the_last_bit(width, gated):
+    """Nothing is added up in an order that may change, so that a difference is a race; of a training step's size."""
+    generator = torch.Generator("cuda").manual_seed(width)
+
+    def normal(*shape):
+        return torch.randn(256, 256, 2, *shape, generator=generator, device="cuda")
+
+    leaves = [normal(width), F.normalize(normal(width) + 1, dim=-1), normal(width), normal().sigmoid()]
+    leaves = [leaf.bfloat16().requires_grad_() for leaf in leaves]
+    g = -normal().abs() if gated else None
+    weights = normal(width).bfloat16()
+
+    def results():
+        o, _ = delta_rule(*leaves, g, backend="triton")
+        return o.detach(), *torch.autograd.grad(o, leaves, weights)
+
+    first = results()
+    assert all(torch.isfinite(part).all() for part in first)
+    for _ in range(50):
+        assert [torch.equal(one, other) for one, other in zip(first, results())] == [True] * 5
 
 
 @pytest.mark.gpu
