@@ -65,7 +65,13 @@ def run(
     experiment: Annotated[Path, typer.Argument(help="file that defines sweep(scale) -> list[RunConfig]")],
     scale: Annotated[Scale | None, typer.Option(help="default: laptop without a GPU, paper with one")] = None,
     out: Annotated[Path | None, typer.Option(help="results directory; default: results/<experiment>-<scale>")] = None,
-    only: Annotated[str | None, typer.Option(help="architectures to run, separated by commas, in this order")] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="architectures to run, in this order, separated by commas; words of a run's label narrow one: "
+            "'gla,based d_model=64 lr=0.01'"
+        ),
+    ] = None,
     engine: Annotated[EngineName, typer.Option(help="worker processes here, or a Ray cluster")] = EngineName.local,
     address: Annotated[str | None, typer.Option(help="address of the Ray cluster; default: one of its own")] = None,
     jobs: Annotated[
@@ -105,7 +111,9 @@ def sweep(options: dict[str, Any]) -> int:
     try:
         devices = resolve_devices(options["device"])
         scale, why = plan.choose_scale(options["scale"], devices != ["cpu"])
-        configs, points = chosen_runs(options, scale)
+        every = all_runs(options, scale)
+        chosen = None if options["only"] is None else plan.choices(options["only"])
+        configs = every if chosen is None else plan.keep_only(every, chosen)
         directory = options["out"] or Path("results", f"{options['experiment'].stem}-{scale}")
         limits = {
             key: plan.parse_duration(options[key], f"--{key.replace('_', '-')}") for key in ("time_limit", "timeout")
@@ -124,10 +132,11 @@ def sweep(options: dict[str, Any]) -> int:
             gc.freeze()  # nor will the collector go through what was read, as long as this process lives
             if options["best_seeds"] is not None:
                 lost = () if options["rerun"] else found.failed
-                configs = with_best_seeds(configs, found.finished, options["best_seeds"], lost)
+                configs = with_best_seeds(every, found.finished, options["best_seeds"], lost)
+                configs = configs if chosen is None else plan.keep_only(configs, chosen)
             runs = plan.make_plan(configs, devices[0], () if options["rerun"] == "all" else found.finished)
-            if options["only"] is not None:
-                runs = plan.ranked(runs, named(options))
+            runs = runs if chosen is None else plan.ranked(runs, chosen)
+            points = {run.point_id for run in every}
             return execute(console, options, runs, found, directory, setups, loggers, limits, points, stop)
     except ValueError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
@@ -139,24 +148,14 @@ def make_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 
-def chosen_runs(options: dict[str, Any], scale: str) -> tuple[list[RunConfig], set[str]]:
-    """The runs that were asked for, and the points of the whole sweep, --only or not. Raises ValueError."""
+def all_runs(options: dict[str, Any], scale: str) -> list[RunConfig]:
+    """The runs of the sweep, those that --only leaves out too. Raises ValueError."""
     for path in options["architecture_files"] or ():
         architectures.load_file(path)
     runs: list[RunConfig] = plan.load_sweep(options["experiment"], scale)
     if options["precision"] is not None:
         runs = plan.with_precision(runs, options["precision"])
-    points = {run.point_id for run in runs}
-    if options["only"] is not None:
-        runs = plan.keep_only(runs, named(options))
-    if options["seeds"] is not None:
-        runs = plan.with_seeds(runs, options["seeds"])
-    return runs, points
-
-
-def named(options: dict[str, Any]) -> list[str]:
-    """What --only names, in its order."""
-    return [name for name in options["only"].split(",") if name]
+    return runs if options["seeds"] is None else plan.with_seeds(runs, options["seeds"])
 
 
 def with_best_seeds(

@@ -12,7 +12,7 @@ import architectures
 import zoology.runner.store as store
 from architectures import backends
 from architectures.backends import BackendError
-from zoology.config import SCHEMA_VERSION, TrainConfig
+from zoology.config import SCHEMA_VERSION, TrainConfig, layer
 from zoology.engines.local import Finished
 from zoology.runner import plan, worker
 from zoology.runner.driver import Exit, partition, run_sweep
@@ -385,7 +385,7 @@ def test_the_longest_runs_start_first(make_run):
 
 def test_architectures_named_first_start_first_whatever_their_length(make_run):
     runs = [make_run(("base_conv", name), epochs=epochs) for name in ("attention", "based") for epochs in (1, 9)]
-    planned = plan.ranked(plan.make_plan(runs, "cpu"), ["based", "attention"])
+    planned = plan.ranked(plan.make_plan(runs, "cpu"), plan.choices("based,attention"))
     ordered = plan.longest_first(planned, lambda run: None)
     started = [(run.config.architecture, run.config.train.epochs) for run in ordered]
     assert started == [("based", 9), ("based", 1), ("attention", 9), ("attention", 1)]
@@ -566,11 +566,31 @@ def test_sizes_are_those_of_the_model(make_run):
 
 def test_only_keeps_architectures_and_lists_those_there_are(make_run):
     runs = [make_run(), make_run(("base_conv", "based"))]
-    assert plan.keep_only(runs, ["based"]) == [runs[1]]
+    assert plan.keep_only(runs, plan.choices("based")) == [runs[1]]
     with pytest.raises(PlanError, match="--only mamba: not in this sweep, which has attention, based"):
-        plan.keep_only(runs, ["based", "mamba"])
+        plan.keep_only(runs, plan.choices("based,mamba"))
     with pytest.raises(PlanError, match="--only names no architecture: this sweep has attention, based"):
-        plan.keep_only(runs, [])
+        plan.keep_only(runs, plan.choices(", ,"))
+
+
+def test_only_takes_words_of_labels_and_does_first_what_it_names_first(make_run):
+    wide = {"layers": (layer("based", feature_dim=16),)}
+    small, other = make_run(("attention", "based")), make_run(("based",), lr=1e-3)
+    large = other.model_copy(update={"model": other.model.model_copy(update=wide)})
+    runs = [small, other, large, make_run(("attention",), seed=1)]
+
+    def kept(only):
+        chosen = plan.choices(only)
+        planned = plan.ranked(plan.make_plan(plan.keep_only(runs, chosen), "cpu"), chosen)
+        return [runs.index(run.config) for run in sorted(planned, key=lambda run: run.rank)]
+
+    assert kept("based feature_dim=16") == [2]
+    assert kept("based lr=0.001,  based") == [1, 2, 0]
+    assert kept("attention seed=1,based d_model=16 lr=0.01") == [3, 0]
+    in_labels = "d_model=16, feature_dim=16, lr=0.001, lr=0.01, seed=0"
+    for only in ("based lr=0.1", "attention,based lr=0.01 feature_dim=16", "based feature_dim=1", "based seed=1"):
+        with pytest.raises(PlanError, match=f"no run has all of that; in labels are {in_labels}"):
+            kept(only)
 
 
 def test_seeds_replace_those_of_the_experiment(make_run):

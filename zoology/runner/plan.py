@@ -87,20 +87,55 @@ def load_sweep(path: Path | str, scale: str) -> list[RunConfig]:
     return list(runs)
 
 
-def keep_only(runs: Sequence[RunConfig], names: Sequence[str]) -> list[RunConfig]:
-    """The runs of the named architectures. Raises PlanError for no name, or one that no run has."""
+class Choice(NamedTuple):
+    """Part of --only: an architecture, and words that the label of a run must have, such as d_model=64 or lr=0.01."""
+
+    architecture: str
+    words: frozenset[str]
+
+    def takes(self, label: str) -> bool:
+        name, *words = label.split()
+        return name == self.architecture and self.words.issubset(words)
+
+
+def choices(only: str) -> list[Choice]:
+    """--only "based,mamba d_state=8 lr=0.01": what it names, in its order."""
+    parts = [part.split() for part in only.split(",")]
+    return [Choice(name, frozenset(words)) for name, *words in filter(None, parts)]
+
+
+def keep_only(runs: Sequence[RunConfig], chosen: Sequence[Choice]) -> list[RunConfig]:
+    """The runs that a choice takes. Raises PlanError without any choice, or for one that takes no run."""
     known = sorted({run.architecture for run in runs})
-    if not names:
+    if not chosen:
         raise PlanError(f"--only names no architecture: this sweep has {', '.join(known)}")
-    unknown = [name for name in names if name not in known]
+    unknown = [choice.architecture for choice in chosen if choice.architecture not in known]
     if unknown:
         raise PlanError(f"--only {','.join(unknown)}: not in this sweep, which has {', '.join(known)}")
-    return [run for run in runs if run.architecture in names]
+    labels = _labels(runs, [run.point_id for run in runs])
+    for choice in chosen:
+        if not any(map(choice.takes, labels)):
+            told = " ".join((choice.architecture, *sorted(choice.words)))
+            words = {word for name, *rest in map(str.split, labels) if name == choice.architecture for word in rest}
+            raise PlanError(f"--only {told!r}: no run has all of that; in labels are {', '.join(sorted(words))}")
+    return [run for run, label in zip(runs, labels) if any(choice.takes(label) for choice in chosen)]
 
 
-def ranked(runs: Iterable[PlannedRun], names: Sequence[str]) -> list[PlannedRun]:
-    """The runs, those of the architectures that are named first to start first."""
-    return [run._replace(rank=names.index(run.config.architecture)) for run in runs]
+def ranked(runs: Iterable[PlannedRun], chosen: Sequence[Choice]) -> list[PlannedRun]:
+    """The runs, those that an earlier choice takes to start first."""
+    firsts = ([choice.takes(run.label) for choice in chosen].index(True) for run in runs)
+    return [run._replace(rank=rank) for run, rank in zip(runs, firsts)]
+
+
+def _labels(runs: Sequence[RunConfig], point_ids: Sequence[str]) -> list[str]:
+    """Of each run: its architecture, the options that distinguish its points, its learning rate and its seed."""
+    names: dict[str, str] = {}
+    labels = []
+    for run, point in zip(runs, point_ids):
+        if point not in names:
+            names[point] = f"{run.architecture} {point_label(run.model)}"
+        labels.append(f"{names[point]} lr={run.train.lr:g} seed={run.seed}")
+    return labels
 
 
 def with_seeds(runs: Sequence[RunConfig], count: int) -> list[RunConfig]:
@@ -133,13 +168,10 @@ def make_plan(runs: Sequence[RunConfig], device: str, finished: Collection[str] 
     run_ids, point_ids = [run.run_id for run in runs], [run.point_id for run in runs]
     to_do = {point for run_id, point in zip(run_ids, point_ids) if run_id not in finished}
     sizes: dict[str, Size | None] = {}
-    names: dict[str, str] = {}
     planned = []
-    for run, run_id, point in zip(runs, run_ids, point_ids):
-        if point not in names:
-            names[point] = f"{run.architecture} {point_label(run.model)}"
+    for run, run_id, point, label in zip(runs, run_ids, point_ids, _labels(runs, point_ids)):
+        if point not in sizes:
             sizes[point] = _measure(run, device) if point in to_do else None
-        label = f"{names[point]} lr={run.train.lr:g} seed={run.seed}"
         planned.append(PlannedRun(run_id, point, run, label, sizes[point]))
     _refuse_duplicates(planned)
     return planned
