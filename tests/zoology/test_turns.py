@@ -28,16 +28,16 @@ def path(tmp_path):
 
 
 def test_a_turn_waits_for_the_end_of_another(path, monkeypatch):
-    monkeypatch.setattr(turns, "PATIENCE", 0.05)
+    monkeypatch.setattr(turns, "PATIENCE", 0.5)
     first, second = Turn(path), Turn(path)
     for _ in range(2):  # what ended may begin again
         with first:
             started = time.monotonic()
             with second:  # out of patience, it goes on
-                assert time.monotonic() - started >= 0.05
+                assert time.monotonic() - started >= 0.5
         started = time.monotonic()
         with second:
-            assert time.monotonic() - started < 0.05
+            assert time.monotonic() - started < 0.5
 
 
 def test_an_error_ends_a_turn(path, monkeypatch):
