@@ -192,7 +192,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
 
     def anew(text: str, folder: Path) -> str:
-        print("\n".join(map(str, draw(folder))))
+        drawn = draw(folder)
+        if not drawn:
+            print(f"no records in {' or '.join(str(folder / figure.directory) for figure in FIGURES)}")
+        for path in drawn:
+            print(path)
         for path, page in pages(folder).items():
             path.write_text(page, encoding="utf-8")
             print(path)

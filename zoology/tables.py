@@ -88,7 +88,7 @@ def rewrite(arguments: Sequence[str] | None, prog: str, what: str, replace: Call
     parser.add_argument("files", nargs="+", type=Path, help="Markdown files, such as README.md")
     for path in parser.parse_args(arguments).files:
         try:
-            path.write_text(replace(path.read_text(), path.parent))
+            path.write_text(replace(path.read_text(encoding="utf-8"), path.parent), encoding="utf-8")
         except (OSError, ValueError) as error:
             print(f"{prog}: {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
             return 2

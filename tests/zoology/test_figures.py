@@ -267,12 +267,16 @@ def test_the_readme_has_the_section_of_its_records():
     assert {path: path.read_text() for path in pages} == pages
 
 
-def test_without_records_there_is_no_section(tmp_path):
+def test_without_records_there_is_no_section(tmp_path, capsys):
     text = "# Title\n\n## Layout\n"
     assert results_page.replace_section(text, tmp_path) == text
     filled = text.replace("## Layout", "<!-- results -->\nold\n<!-- end results -->\n\n## Layout")
     assert results_page.replace_section(filled, tmp_path) == text
     assert results_page.pages(tmp_path) == {}
+    (tmp_path / "README.md").write_text(text)
+    assert results_page.main([str(tmp_path / "README.md")]) == 0
+    directories = " or ".join(str(tmp_path / figure.directory) for figure in results_page.FIGURES)
+    assert capsys.readouterr().out == f"no records in {directories}\n"
 
 
 def test_the_section_is_written_once_and_then_replaced(root):
