@@ -78,8 +78,9 @@ def train(
 ) -> Outcome:
     """Train and score one run.
 
-    On a CPU the same config gives the same numbers on the same versions. On a GPU sums of gradients may be added in
-    another order each time, so that runs of one config agree to rounding and drift apart from there.
+    On a CPU the same config gives the same numbers on the same versions and kind of processor; another kind rounds
+    otherwise. On a GPU sums of gradients may be added in another order each time. Runs of one config then agree to
+    rounding and drift apart from there.
 
     Args:
         on_epoch: called after each epoch.
