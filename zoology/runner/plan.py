@@ -123,8 +123,11 @@ def keep_only(runs: Sequence[RunConfig], chosen: Sequence[Choice]) -> list[RunCo
 
 def ranked(runs: Iterable[PlannedRun], chosen: Sequence[Choice]) -> list[PlannedRun]:
     """The runs, those that an earlier choice takes to start first."""
-    firsts = ([choice.takes(run.label) for choice in chosen].index(True) for run in runs)
-    return [run._replace(rank=rank) for run, rank in zip(runs, firsts)]
+
+    def first(label: str) -> int:
+        return next(rank for rank, choice in enumerate(chosen) if choice.takes(label))
+
+    return [run._replace(rank=first(run.label)) for run in runs]
 
 
 def _labels(runs: Sequence[RunConfig], point_ids: Sequence[str]) -> list[str]:
