@@ -19,9 +19,15 @@ model before. There the causal model of seed 3 learned the task in its seventh e
 until then, with the long one from then on. So f = 4, the smallest published one, was added, whose 15 features a head
 should not be enough to learn it; 12 epochs, as many as fitted, seeds 5 and 6.
 
-36 dimensions and f = 4, seeds 7 and 8, were added when both were known, with the same rule, and have not been run: the
-smallest state of the published grid, for the published 48 epochs. If causal models are ahead with the short set first
-only while they cannot do the task, they should be so longest there.
+36 dimensions and f = 4, seeds 7 and 8, were added when both were known, with the same rule: the smallest state of the
+published grid, for the published 48 epochs. If causal models are ahead with the short set first only while they cannot
+do the task, they should be so longest there. The first run that was finished has them ahead by .009, so that the rule
+fails there as well; the other three were cut off and not taken up again.
+
+Seeds 9 and 10 at 128 dimensions with f = 4 were added last, as a test of the direction alone at a state that was
+settled before: in seeds 5 and 6 the signs had been the paper's, and one difference too small to tell. Said before they
+ran: the direction is reproduced there if in both of these seeds the causal model is ahead with the short set first, on
+test data and over the ten pairs, and the model that is not causal gains less than half of that.
 
 What came out (results/jrt_published/README.md): neither of the two that have been run reproduces it by that rule. At
 128 dimensions with f = 4 causal models are ahead with the short set first by .023 and .006, all of it beyond the
@@ -44,14 +50,14 @@ class State(NamedTuple):
     width: int
     feature_dim: int
     epochs: int
-    seeds: tuple[int, int]
+    seeds: tuple[int, ...]
 
 
-STATES = (State(128, 8, 16, (3, 4)), State(128, 4, 12, (5, 6)), State(36, 4, 48, (7, 8)))
+STATES = (State(128, 8, 16, (3, 4)), State(128, 4, 12, (5, 6, 9, 10)), State(36, 4, 48, (7, 8)))
 
 
 def sweep(scale: str) -> list[RunConfig]:
-    """Causal and not, two seeds of each state; below the paper scale with the width and epochs of that scale."""
+    """Causal and not, the seeds of each state; below the paper scale with the width and epochs of that scale."""
     (base, *_) = load_sweep(Path(__file__).with_name("jrt_small_state.py"), scale)
     states = STATES
     if scale != "paper":
