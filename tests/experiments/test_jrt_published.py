@@ -107,13 +107,7 @@ def test_the_smoke_scale_has_small_sets_and_trains(check_gradients):
 def test_the_committed_records_are_of_these_runs(planned_ids):
     """Finished and not, by their configurations but for the precision, which the command line sets."""
     directory = EXPERIMENTS / "results" / "jrt_published"
-    to_do = {
-        run.run_id
-        for run in plan.with_precision(plan.load_sweep(EXPERIMENT, "paper"), "tf32")
-        if run.seed in (7, 8, 9, 10)
-    }
-    assert len(to_do) == 8
-    assert {path.parent.name for path in directory.glob("*/metrics.jsonl")} == planned_ids(EXPERIMENT) - to_do
+    assert {path.parent.name for path in directory.glob("*/metrics.jsonl")} == planned_ids(EXPERIMENT)
     table = plots_jrt.order_by_run(results.from_records(results.load_records(directory)))
     assert table.set_index(["architecture", "seed"])["difference"].round(3).to_dict() == {
         ("own_weight", 5): 0.023,
@@ -122,4 +116,9 @@ def test_the_committed_records_are_of_these_runs(planned_ids):
         ("own_weight_noncausal", 6): -0.012,
         ("own_weight", 3): -0.081,
         ("own_weight_noncausal", 3): -0.003,
+        ("own_weight", 7): 0.009,
+        ("own_weight", 9): 0.016,
+        ("own_weight_noncausal", 9): -0.02,
+        ("own_weight", 10): 0.079,
+        ("own_weight_noncausal", 10): -0.005,
     }
