@@ -31,8 +31,8 @@ test data and over the ten pairs, and the model that is not causal gains less th
 
 What came out (results/jrt_published/README.md): at 128 dimensions with f = 4 seeds 9 and 10 reproduce the direction, by
 .016 and .079, where models that are not causal are behind by .020 and .005; seeds 5 and 6 had .023 and .006, and -.009
-and -.012. Most of it lies beyond the trained lengths. f = 8 and 36 dimensions do not reproduce it. The order turns where
-a model learns the task.
+and -.012. Most of it lies beyond the trained lengths. f = 8 and 36 dimensions do not reproduce it. The order turns
+where a model learns the task.
 """
 
 from pathlib import Path
