@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,11 @@ ALLOWED = {
     "kernels": {"torch", "triton"},
     "architectures": {"torch", "triton", "flash_attn", "mamba_ssm", "causal_conv1d", "fla"},
 }
+
+
+@pytest.fixture(autouse=True)
+def _importable_from_any_folder(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
 
 
 def files(package):
@@ -44,7 +50,7 @@ def python(code, *, blocked=()):
     """Run code in a fresh interpreter, from another folder, with some modules made impossible to import."""
     block = "".join(f"sys.modules[{name!r}] = None\n" for name in blocked)
     return subprocess.run(
-        [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{block}{code}"],
+        [sys.executable, "-c", f"import sys\n{block}{code}"],
         capture_output=True,
         text=True,
         cwd=ROOT.parent,
