@@ -179,8 +179,7 @@ def _with_seconds(frame: pd.DataFrame) -> pd.DataFrame:
     table = results.select(frame)
     means = table[table["slice"] == results.MEAN]
     runs = frame.drop_duplicates("run_id")
-    alone = runs.assign(seconds=runs["train_seconds"] * runs["device_share"])
-    seconds = alone.groupby(["point_id", "lr"])["seconds"].mean()
+    seconds = runs.groupby(["point_id", "lr"])["alone_seconds"].mean()
     return means.assign(seconds=[seconds[point, rate] for point, rate in zip(means["point_id"], means["lr"])])
 
 

@@ -29,7 +29,6 @@ def by_precision(frame: pd.DataFrame) -> pd.DataFrame:
     """
     if (number := len(results.by_test_data(frame))) > 1:
         raise ValueError(f"the runs were tested on {number} different data sets: take one part of by_test_data(frame)")
-    frame = frame.assign(alone=frame["train_seconds"] * frame["device_share"])
     means = frame.groupby("run_id", as_index=False)["accuracy"].mean().assign(slice=results.MEAN)
     runs = frame.drop_duplicates("run_id").drop(columns=["accuracy", "slice"])
     every = pd.concat([runs.merge(means, on="run_id"), frame])
@@ -46,7 +45,7 @@ def by_precision(frame: pd.DataFrame) -> pd.DataFrame:
                 dict(zip([*model, "slice"], key))
                 | {"precision": precision, "accuracy": found.mean(), "worst": found.min(), "best": found.max()}
                 | {"num_seeds": len(found), "behind": behind, "within": bool(behind <= spread)}
-                | {"train_seconds": group.loc[group["precision"] == precision, "alone"].mean()}
+                | {"train_seconds": group.loc[group["precision"] == precision, "alone_seconds"].mean()}
             )
     return pd.DataFrame(rows)
 

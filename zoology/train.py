@@ -47,8 +47,9 @@ class Epoch(NamedTuple):
     loss: float  # mean over the epoch's batches
     validation: dict[str, float]  # accuracy by slice
     validation_accuracy: float  # mean of slices
-    train_seconds: float
+    train_seconds: float  # `waited_seconds` among them
     examples_per_second: float
+    waited_seconds: float | None = None  # for its turn with the device; None where there are no turns
 
 
 class Outcome(NamedTuple):
@@ -65,6 +66,7 @@ class Outcome(NamedTuple):
     peak_memory_bytes: int | None
     backends: dict[str, list[str]]
     execution: Execution = Execution()
+    waited_seconds: float | None = None  # as in Epoch
 
 
 def train(
@@ -119,8 +121,7 @@ class _Run:
         self.masks = torch.Generator().manual_seed(config.seed + _MASK_STREAM)
         self.loop = self._make_loop(load, mode)
         self.sizes = [data.tokens.shape[0] for _, data in self.loop.splits["train"]]
-        turn = turn_on(device) if self.loop.fills_device else None
-        self.turn = contextlib.nullcontext() if turn is None else turn
+        self.turn = turn_on(device) if self.loop.fills_device else None
         self.epochs: list[Epoch] = []
         self.best: tuple[float, int, dict] | None = None
         self.scores: dict[str, Score] | None = None  # on validation, of the current weights
@@ -175,14 +176,16 @@ class _Run:
         started = time.perf_counter()
         shuffle, size = config.data.shuffle, config.data.batch_size
         batches = list(epoch_batches(self.sizes, size, shuffle=shuffle, generator=self.order))
-        with self.turn:
+        asked = time.perf_counter()
+        with self.turn or contextlib.nullcontext():
+            waited = None if self.turn is None else time.perf_counter() - asked
             loss = self.loop.train_epoch(number, batches)
             seconds = time.perf_counter() - started
             self.scores = self.loop.score("validation")
         accuracies = {label: result.accuracy for label, result in self.scores.items()}
         mean = sum(accuracies.values()) / len(accuracies)
         rate = learning_rate(config.train, (number - 1) / config.train.epochs)
-        self.epochs.append(Epoch(number, rate, loss, accuracies, mean, seconds, sum(self.sizes) / seconds))
+        self.epochs.append(Epoch(number, rate, loss, accuracies, mean, seconds, sum(self.sizes) / seconds, waited))
         if config.train.select == "best" and (self.best is None or mean > self.best[0]):
             self.loop.export(self.model)
             self.best = (mean, number, copy.deepcopy(self.model.state_dict()))
@@ -192,6 +195,7 @@ class _Run:
         test = self.loop.score("test")
         self.loop.export(self.model)
         total = sum(epoch.train_seconds for epoch in self.epochs)
+        waits = [epoch.waited_seconds for epoch in self.epochs]
         peak = None
         if self.device.type == "cuda":
             peak = max(torch.cuda.max_memory_allocated(self.device), getattr(self.loop, "peak_memory_bytes", 0))
@@ -207,6 +211,7 @@ class _Run:
             peak_memory_bytes=peak,
             backends=self.loop.backends(),
             execution=self.loop.execution,
+            waited_seconds=None if None in waits else sum(waits),
         )
 
     # -- checkpoints ----------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -80,7 +79,31 @@ def test_a_loop_that_leaves_the_device_time_takes_none(make_run, mode, monkeypat
     monkeypatch.setattr(train, "turn_on", lambda device: pytest.fail("asked for a turn"))
     run = train._Run(make_run(), torch.device("cpu"), train.load_split, mode)
     assert not run.loop.fills_device
-    assert isinstance(run.turn, nullcontext)
+    assert run.turn is None
+    run._train_epoch()
+    assert run._outcome().waited_seconds is None
+
+
+class Slow:
+    """A turn that others have for a while."""
+
+    def __enter__(self):
+        time.sleep(0.2)
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_the_wait_for_a_turn_is_known(make_run):
+    run = train._Run(make_run(), torch.device("cpu"), train.load_split, "eager")
+    run.turn = Slow()
+    for _ in range(2):
+        run._train_epoch()
+    outcome = run._outcome()
+    assert [epoch.waited_seconds for epoch in outcome.epochs] == pytest.approx([0.2, 0.2], abs=0.1)
+    assert 0.4 <= outcome.waited_seconds < outcome.train_seconds
+    run.epochs[0] = run.epochs[0]._replace(waited_seconds=None)  # of a checkpoint from before it was noted
+    assert run._outcome().waited_seconds is None
 
 
 class Noting:
