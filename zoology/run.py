@@ -145,7 +145,7 @@ def sweep(options: dict[str, Any]) -> int:
 
 def make_console() -> Console:
     """Standard output; into a file or a pipe, lines may be long."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    return Console() if sys.stdout.isatty() else Console(width=400)
 
 
 def all_runs(options: dict[str, Any], scale: str) -> list[RunConfig]:
@@ -308,7 +308,10 @@ def report(
         frame = results.from_records(shown)
         for part in results.by_test_data(frame):
             selected = results.select(part)
-            console.print(results_table(part, selected))
+            table, hidden = results_table(part, selected, console.width)
+            console.print(table)
+            if hidden:
+                _say(console, f"left out for want of width, the figure has them: slices easier than these, {hidden}")
             if selected["lr_at_edge"].any():
                 _say(console, "* the best learning rate lies at the edge of its grid: a better one may lie beyond")
         figures = sorted(directory.glob("tradeoff*.[ps][nv]g"))
@@ -371,31 +374,52 @@ def plan_table(runs: list[PlannedRun]) -> Table:
     return table
 
 
-def results_table(frame, selected) -> Table:
-    """Test accuracy by point, at the best learning rate; a star marks a rate at the edge of its grid."""
+def results_table(frame, selected, width: int) -> tuple[Table, int]:
+    """Test accuracy by point, at the best learning rate; a star marks a rate at the edge of its grid.
+
+    Of several slices the hardest are shown, as many as `width` columns of text hold; also returns how many are not.
+    """
     from zoology import plot, results
 
     names = results.slice_names(frame)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("architecture")
-    table.add_column("model", overflow="fold")
-    titles = [] if len(names) == 1 else [plot.slice_title(frame, name).replace(", length ", "@") for name in names]
-    for title in ("state bytes", "lr", "accuracy", *titles):
-        table.add_column(title, justify="right")
+    names = [] if len(names) == 1 else names
+    rows = []
     for _, group in selected.groupby("point_id", sort=False):
         by_slice = group.set_index("slice")
         mean = by_slice.loc[results.MEAN]
         half = f" ±{mean['high'] - mean['accuracy']:.3f}" if mean["num_seeds"] > 1 else ""
-        cells = [] if len(names) == 1 else [f"{by_slice.loc[name, 'accuracy']:.3f}" for name in names]
-        table.add_row(
+        facts = (
             mean["architecture"],
             mean["point"],
             f"{mean['state_bytes']:,}",
             f"{mean['lr']:g}{'*' if mean['lr_at_edge'] else ' '}",
             f"{mean['accuracy']:.3f}{half}",
-            *cells,
         )
-    return table
+        rows.append([*facts, *(f"{by_slice.loc[name, 'accuracy']:.3f}" for name in names)])
+    slices = [plot.slice_title(frame, name).replace(", length ", "\nat ") for name in names]
+    titles = ["architecture", "model", "state bytes", "lr", "accuracy", *slices]
+    hidden = _num_hidden([titles, *rows], len(slices), width)
+    first = len(titles) - len(slices)
+    shown = [*range(first), *range(first + hidden, len(titles))]
+    table = Table(box=None, pad_edge=False)
+    for index in shown:
+        wraps = titles[index] == "model"
+        table.add_column(titles[index], justify="right" if index > 1 else "left", overflow="fold", no_wrap=not wraps)
+    for row in rows:
+        table.add_row(*(row[index] for index in shown))
+    return table, hidden
+
+
+def _num_hidden(rows: list[list[str]], num_slices: int, width: int) -> int:
+    """How many of a table's columns of slices, which are its last, must go for it to fit; one of them stays."""
+    gap, model = 2, 24  # between columns; and for the second one, which wraps
+    widths = [gap + max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*rows)]
+    widths[1] = min(widths[1], gap + model)
+    first = len(widths) - num_slices
+    hidden = 0
+    while hidden < num_slices - 1 and sum(widths) - gap - sum(widths[first : first + hidden]) > width:
+        hidden += 1
+    return hidden
 
 
 def git_commit() -> dict[str, Any] | None:

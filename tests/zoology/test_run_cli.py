@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from zoology import __main__, run
+from zoology import __main__, results, run
 from zoology.config import SCHEMA_VERSION
 from zoology.loops import Execution
 from zoology.runner import plan, progress
@@ -359,6 +359,25 @@ def test_the_live_view_has_a_line_for_each_worker(tmp_path, make_run, in_process
 
 def test_without_a_terminal_lines_are_plain():
     assert type(progress.make_view(Console(file=io.StringIO()))) is progress.PlainView
+
+
+@pytest.mark.parametrize(("width", "shown"), [(400, 7), (120, 6), (80, 2), (20, 1)])
+def test_the_hardest_slices_stay_where_the_table_is_narrow(make_record, paper_runs, width, shown):
+    config = paper_runs("mqar_sweep.py")[0]
+    names = [part.label for part in config.data.test]
+    tested = {name: 0.1 * number for number, name in enumerate(names, 1)}
+    frame = results.from_records([make_record(config, tested)])
+    table, hidden = run.results_table(frame, results.select(frame), width)
+    console = Console(width=400, file=io.StringIO())
+    console.print(table)
+    text = console.file.getvalue()
+    assert hidden == 7 - shown
+    # What is printed are the last ones of seven, and nothing is cut.
+    assert re.findall(r"0\.\d00\b", text)[1:] == [f"{0.1 * number:.3f}" for number in range(8 - shown, 8)]
+    assert "256 pairs" in text
+    assert ("4 pairs" in text.replace("64 pairs", "")) == (shown == 7)
+    if width >= 80:
+        assert max(map(len, text.splitlines())) <= width
 
 
 def test_a_line_tells_the_time_to_compile_and_why_nothing_faster_ran(make_run, make_record):
