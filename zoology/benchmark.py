@@ -633,7 +633,7 @@ def command(
         if plot is not None and "records" in result:
             draw(result, plot)
     except (ValueError, OSError) as error:
-        print(f"zoology.benchmark: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 

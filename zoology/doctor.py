@@ -403,7 +403,7 @@ def doctor(
                 on_tried=on_tried,
             )
     except (ValueError, ImportError) as error:
-        print(f"zoology.doctor: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     if as_json:
         rows = [row._asdict() for row in report.rows]

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         table = markdown(results.comparable(results.load(directory)))
     except ValueError as error:
-        print(f"zoology.precision_table: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return exit_code_of(lambda: print(table))
 

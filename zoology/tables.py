@@ -90,7 +90,7 @@ def rewrite(arguments: Sequence[str] | None, prog: str, what: str, replace: Call
         try:
             path.write_text(replace(path.read_text(encoding="utf-8"), path.parent), encoding="utf-8")
         except (OSError, ValueError) as error:
-            print(f"{prog}: {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            print(f"error: {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
             return 2
     return 0
 

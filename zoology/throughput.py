@@ -609,7 +609,7 @@ def command(
             plot.mkdir(parents=True, exist_ok=True)
             print("\n".join(map(str, plots_throughput.save_all(document, plot, frame))))
     except (ValueError, OSError) as error:
-        print(f"zoology.throughput: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 
