@@ -13,9 +13,9 @@ from pathlib import Path
 from zoology.config import RunConfig
 from zoology.runner.plan import load_sweep
 
-WIDTHS = {"smoke": (32,), "laptop": (64,), "paper": (64, 128)}
+WIDTHS = {"smoke": (32,), "laptop": (64,), "paper": (48, 64, 128)}
 FEATURES = {"smoke": (8,), "laptop": (8,), "paper": (8, 16)}
-ALSO = ("gla", "deltanet", "gated_deltanet")  # at the paper's smallest width
+ALSO = {"paper": [("gla", 64), ("deltanet", 64), ("gated_deltanet", 64)]}  # with their smallest width
 
 
 def sweep(scale: str) -> list[RunConfig]:
@@ -33,4 +33,4 @@ def is_small(run: RunConfig, scale: str) -> bool:
     if run.architecture == "based":
         features = run.model.layers[-1].options["feature_dim"]
         return run.model.d_model in WIDTHS[scale] and features in FEATURES[scale]
-    return scale == "paper" and run.architecture in ALSO and run.model.d_model == min(WIDTHS[scale])
+    return (run.architecture, run.model.d_model) in ALSO.get(scale, [])

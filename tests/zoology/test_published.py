@@ -193,7 +193,7 @@ def test_the_order_of_batches_is_all_that_its_experiment_changes(paper_runs):
     runs, sweep = paper_runs("batch_order.py"), paper_runs("mqar_sweep.py")
     protocol = published.protocols()["based_figure2"]
     told = [published.departures(run.model_dump(mode="json"), protocol) for run in runs]
-    assert told == [[ALIKE]] * 28
+    assert told == [[ALIKE]] * 36
     assert {run.train.lr for run in runs} == set(protocol.learning_rates)
     shuffled = [run.model_copy(update={"data": run.data.model_copy(update={"shuffle": True})}) for run in runs]
     assert {run.run_id for run in shuffled} <= {run.run_id for run in sweep}
