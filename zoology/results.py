@@ -37,9 +37,9 @@ def load(directory: Path | str) -> pd.DataFrame:
     `accuracy`, `stderr`, `num_examples` are of the test slice, `validation_accuracy` of its validation twin,
     `validation_mean` the run's mean over slices, by which rates are selected. `state_elements` and `state_bytes`
     are per sequence over all layers at the longest test length, `slice_state_*` at the slice's own length.
-    `device_share` is what a run had of its device's time beside others, `device_seconds` that share of `wall_seconds`;
-    `alone_seconds` is its time in training as if it had had the device to itself: `train_seconds` without the wait for
-    its turns, or, of records that do not tell it and where there are no turns, that share of them.
+    `device_share` is what a run had of its device's time beside others. `alone_seconds` is its time in training as if
+    it had had the device to itself: `train_seconds` without the wait for its turns or, where there are no turns and of
+    records that do not tell, that share of them. `device_seconds` adds that share of the rest of `wall_seconds`.
     `task_options` is the slice's task as `zoology.tasks.from_config` reads it.
 
     Raises ResultsError for a directory that cannot be read, holds no finished run, or has another schema version.
@@ -94,7 +94,8 @@ def _run_columns(record: dict[str, Any]) -> dict[str, Any]:
     longest = max(part["seq_len"] for part in slices)
     state = record["state"][str(longest)]
     share, waited = record.get("device_share", 1.0), record.get("waited_seconds")
-    trained = record["train_seconds"]
+    trained, whole = record["train_seconds"], record["wall_seconds"]
+    alone = share * trained if waited is None else trained - waited
     return {
         "run_id": record["run_id"],
         "point_id": record["point_id"],
@@ -116,8 +117,8 @@ def _run_columns(record: dict[str, Any]) -> dict[str, Any]:
             )
         },
         "device_share": share,
-        "device_seconds": share * record["wall_seconds"],
-        "alone_seconds": share * trained if waited is None else trained - waited,
+        "alone_seconds": alone,
+        "device_seconds": alone + share * (whole - trained),
         "device": record["device"]["type"],
         "backends": " ".join(dict.fromkeys(name for names in record["backends"].values() for name in names)),
         "torch": record["versions"]["torch"],

@@ -84,13 +84,15 @@ def test_time_on_a_shared_device_counts_by_its_share(results_directory):
     assert frame["device_seconds"].tolist() == [25.0, 25.0, 100.0, 100.0]
 
 
-def test_training_time_as_if_alone_leaves_the_wait_for_turns_out(results_directory):
-    record = results.load_records(results_directory)[0] | {"train_seconds": 80.0, "device_share": 0.25}
+def test_time_as_if_alone_leaves_the_wait_for_turns_out(results_directory):
+    times = {"train_seconds": 80.0, "wall_seconds": 100.0, "device_share": 0.25}
+    record = results.load_records(results_directory)[0] | times
     told = record | {"waited_seconds": 70.0}
     without_turns = record | {"waited_seconds": None}
     older = {key: value for key, value in record.items() if key != "waited_seconds"}
-    seconds = results.from_records([told, without_turns, older])["alone_seconds"]
-    assert seconds.tolist() == [10.0, 10.0, 20.0, 20.0, 20.0, 20.0]
+    frame = results.from_records([told, without_turns, older])
+    assert frame["alone_seconds"].tolist()[::2] == [10.0, 20.0, 20.0]  # a row for each of two slices
+    assert frame["device_seconds"].tolist()[::2] == [15.0, 25.0, 25.0]
 
 
 def test_state_that_grows_is_reported_at_both_lengths(results_directory, make_run):
