@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import platform
 import statistics
 import sys
@@ -43,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import architectures
 from zoology.config import DataConfig, ModelConfig, RunConfig, Slice, TrainConfig, layer, learning_rates
 from zoology.data import gather_labels
-from zoology.devices import choose_device
+from zoology.devices import choose_device, num_cores
 from zoology.graphs import MODES, StaticLoop, fetch_loop, forget_loops
 from zoology.loops import EagerLoop
 from zoology.model import LanguageModel
@@ -618,7 +617,7 @@ def command(
         elif protocol_of:
             for path in files:
                 architectures.load_file(path)
-            torch.set_num_threads(os.cpu_count() or 1)  # as a sweep with one worker
+            torch.set_num_threads(num_cores())  # as a sweep with one worker
             result = protocol(protocol_of, chosen[0], where, epochs=epochs)
         else:
             if mode not in ("auto", "eager", *MODES):

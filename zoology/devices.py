@@ -1,10 +1,15 @@
-"""Which devices `--device` means: one rule for every command."""
+"""Which devices `--device` means, one rule for every command, and how many cores there are."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+
+
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_devices(text: str) -> list[str]:

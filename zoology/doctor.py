@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import os
 import platform
 import signal
 import sys
@@ -32,7 +31,7 @@ from rich.table import Table
 import architectures
 from architectures import backends, parity
 from architectures.mixer import SequenceMixer
-from zoology.devices import choose_device
+from zoology.devices import choose_device, num_cores
 from zoology.engines.isolated import Died, run_isolated
 
 Status = Literal["used", "available", "missing", "refused", "failed", "untried"]
@@ -152,7 +151,7 @@ def _try_all(cases: list[Case], jobs: int, files: Sequence[Path]) -> Iterator[tu
     # What compiles and tunes most kernels starts first; references need no compiler and fill up the end.
     tuned = ("fla", "mamba-ssm")
     order = sorted(cases, key=lambda c: (c.backend == "reference", c.backend not in tuned or c.dtype.itemsize > 2))
-    threads = max(1, _cores() // jobs)
+    threads = max(1, num_cores() // jobs)
     calls = run_isolated(
         try_backend,
         [(case,) for case in order],
@@ -173,10 +172,6 @@ def _start_worker(threads: int, files: Sequence[str]) -> None:
     torch.set_num_threads(threads)
     for path in files:
         architectures.load_file(path)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def try_backend(case: Case) -> Tried:
@@ -398,7 +393,7 @@ def doctor(
                 chosen,
                 d_model=d_model,
                 seq_len=seq_len,
-                jobs=jobs or min(max(2, _cores()), 16),
+                jobs=jobs or min(max(2, num_cores()), 16),
                 files=architecture_files or (),
                 on_tried=on_tried,
             )

@@ -36,6 +36,7 @@ import kernels
 from kernels.linear_cross_entropy import choose_loss_backend
 from zoology.config import MaskedPrefix, RunConfig, Slice
 from zoology.data import Labelled, compact, hide_tokens
+from zoology.devices import num_cores
 from zoology.evaluate import Score, summarise
 from zoology.loops import KEPT_LOOPS, Batches, Execution, Splits, backends_used, check_losses, epoch_rates
 from zoology.model import LanguageModel
@@ -207,7 +208,7 @@ class StaticLoop:
         self.losses = torch.zeros(steps, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         # Workers that share a machine keep its GPU busy for each other while they build; one alone has cores to spare.
-        prepares = self.compiled and device.type == "cuda" and 2 * torch.get_num_threads() > _cores()
+        prepares = self.compiled and device.type == "cuda" and 2 * torch.get_num_threads() > num_cores()
         with _Beside(device, self._rehearse_losses if prepares else None):
             names = self._probe()
         self.optimizer = FlatAdamW(
@@ -493,10 +494,6 @@ class _Beside:
 
     def __exit__(self, *_) -> None:
         self.wait()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.lru_cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import shlex
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from rich.table import Table
 
 import architectures
 from zoology.config import RunConfig
-from zoology.devices import resolve_devices
+from zoology.devices import num_cores, resolve_devices
 from zoology.loggers import LoggedView, make_loggers
 from zoology.runner import plan, progress, store
 from zoology.runner.driver import Exit, Signals, SweepOutcome, partition, run_sweep
@@ -186,7 +185,7 @@ def worker_setups(options: dict[str, Any], devices: Sequence[str], directory: Pa
     """One per worker. Raises PlanError for a number of jobs that is not positive."""
     from zoology.runner.worker import Setup
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     jobs = options["jobs"]
     if jobs is not None and jobs < 1:
         raise PlanError(f"--jobs {jobs}: must be at least 1")

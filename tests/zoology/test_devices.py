@@ -4,7 +4,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from zoology import benchmark, doctor, run, throughput
+from zoology import benchmark, devices, doctor, run, throughput
 from zoology.devices import choose_device, resolve_devices
 
 COMMANDS = {
@@ -75,3 +75,11 @@ def test_gpus_that_are_named_and_not_seen_are_no_silent_cpu(gpus, monkeypatch, n
     assert said.exit_code == 2
     assert f"CUDA_VISIBLE_DEVICES=1: torch {torch.__version__} sees none of these GPUs" in said.stderr
     assert resolve_devices("cpu") == ["cpu"]
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: {1, 3, 4}, raising=False)
+    assert devices.num_cores() == 3
+    monkeypatch.delattr(devices.os, "sched_getaffinity")  # not every system has it
+    monkeypatch.setattr(devices.os, "cpu_count", lambda: None)
+    assert devices.num_cores() == 1

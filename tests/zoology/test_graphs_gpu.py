@@ -67,7 +67,7 @@ def test_what_threads_prepare_ends_before_the_recording_and_changes_no_number(qu
     """Losses are tried while the model is; a twin predicts at a length that training lacks while steps are compiled."""
     longer = Slice(task=MQAR(vocab_size=32, seq_len=40, num_kv_pairs=4), num_examples=30, name="longer")
     config = quiet_run(test=[longer])
-    monkeypatch.setattr(graphs, "_cores", lambda: 1 << 20)
+    monkeypatch.setattr(graphs, "num_cores", lambda: 1 << 20)
     alone = train(config, device="cuda", mode="compiled graph")
     forget_loops()
     torch._dynamo.reset()
@@ -93,7 +93,7 @@ def test_what_threads_prepare_ends_before_the_recording_and_changes_no_number(qu
     noted("_rehearse_losses")
     noted("_rehearse_evaluation")
     monkeypatch.setattr(torch.cuda, "graph", Recording)
-    monkeypatch.setattr(graphs, "_cores", lambda: 1)
+    monkeypatch.setattr(graphs, "num_cores", lambda: 1)
     beside = train(config, device="cuda", mode="compiled graph")
     assert happened[:3] == ["_rehearse_losses", "_rehearse_evaluation", "recording"]
     assert happened[2:] == ["recording"] * len(happened[2:])

@@ -303,7 +303,7 @@ def test_results_of_another_schema_version_are_refused(command, tmp_path, engine
 
 def test_jobs_are_per_gpu_and_threads_are_shared(tmp_path, experiment, monkeypatch):
     options = {"jobs": 2, "architecture_files": None, "experiment": experiment}
-    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(run, "num_cores", lambda: 16)
     setups = run.worker_setups(options, ["cuda:0", "cuda:1"], tmp_path)
     assert [setup.device for setup in setups] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
     assert {setup.threads for setup in setups} == {4}
@@ -311,9 +311,9 @@ def test_jobs_are_per_gpu_and_threads_are_shared(tmp_path, experiment, monkeypat
     gpus = [f"cuda:{index}" for index in range(8)]
     counts = [len(run.worker_setups(default, gpus[:number], tmp_path)) for number in (1, 2, 4, 8)]
     assert counts == [4, 8, 8, 8]  # 4 for each GPU, and at least two cores for each run
-    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(run, "num_cores", lambda: 1)
     assert len(run.worker_setups(default, gpus[:2], tmp_path)) == 2
-    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(run, "num_cores", lambda: 16)
     on_cpu = run.worker_setups(options | {"jobs": None}, ["cpu"], tmp_path)
     assert (len(on_cpu), {setup.threads for setup in on_cpu}) == (16, {1})
 
