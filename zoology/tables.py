@@ -52,10 +52,30 @@ def of_throughput(page: str) -> Callable[[], str]:
     return table
 
 
-THROUGHPUT = Path(__file__).parents[1] / "experiments" / "results" / "throughput" / "models.json"
+def batch_order_table() -> str:
+    """The published points that were also trained in the papers' order of batches, by either order."""
+    from zoology import compare
+
+    ordered, new = (compare.load(RESULTS / name)[0].points for name in ("batch_order", "based_figure2"))
+    pairs = ordered.merge(new, on=["architecture", "point"], suffixes=("", "_new"), validate="one_to_one")
+    orders = "the same order each epoch | difference | a new one each epoch | difference"
+    lines = [f"| architecture | model | published | {orders} |", "|---|---|" + "---:|" * 5]
+    for _, row in pairs.iterrows():
+        cells = [f"`{row['architecture']}`", row["point"], f"{row['published']:.3f}"]
+        for order in ("", "_new"):
+            accuracy, worst, best = (row[f"{name}{order}"] for name in ("accuracy", "worst", "best"))
+            seeds = f"{row[f'num_seeds{order}']} seeds, {worst:.3f} to {best:.3f}" if best > worst else "one seed"
+            cells += [f"{accuracy:.3f} ({seeds})", f"{row[f'difference{order}']:+.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+RESULTS = Path(__file__).parents[1] / "experiments" / "results"
+THROUGHPUT = RESULTS / "throughput" / "models.json"
 TABLES: dict[str, Callable[[], str]] = {
     "architectures": architecture_table,
     "tasks": task_table,
+    "batch_order": batch_order_table,
     "generation": of_throughput("generation_page"),
     "ratio": of_throughput("ratio_page"),
     "prefill": of_throughput("prefill_page"),
