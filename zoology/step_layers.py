@@ -280,7 +280,7 @@ def input_and_output(block: Block, state: State) -> tuple[list[nn.Linear], nn.Li
     outputs: dict[nn.Linear, list[Tensor]] = {}
 
     def note(layer: nn.Linear, given: tuple[Tensor, ...], output: Tensor) -> None:
-        same = given[0].data_ptr() == x.data_ptr() and given[0].numel() == x.numel()
+        same = given[0].data_ptr() == x.data_ptr() and given[0].shape[-1] == x.numel()  # all of it, no head of it
         found[layer] = found.get(layer, True) and same
         outputs.setdefault(layer, []).append(output)
 

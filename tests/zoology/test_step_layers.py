@@ -134,9 +134,22 @@ class Odd(SequenceMixer):
         return self.after(y + self.one(y)), state
 
 
-def test_layers_of_another_input_stay_apart():
-    """`one` is called twice, the second time with something else: then it cannot be read ahead."""
-    register("odd", paper="none")(Odd)
+class PerHead(Odd):
+    """Two layers that all heads share: they read the input in pieces."""
+
+    def __init__(self, d_model):
+        super().__init__(d_model)
+        self.one, self.two = (nn.Linear(d_model // 4, d_model // 4, bias=False) for _ in range(2))
+
+    def step(self, x, state):
+        heads = x.unflatten(-1, (4, -1))
+        return self.after((torch.sigmoid(self.one(heads)) * self.two(heads)).flatten(1)), state
+
+
+@pytest.mark.parametrize("mixer", [Odd, PerHead])
+def test_layers_of_another_input_stay_apart(mixer):
+    """In `Odd` `one` is called twice, the second time with something else: then it cannot be read ahead."""
+    register("odd", paper="none")(mixer)
     try:
         block = build(layer("odd"))
         step = StepBlock(block, block.mixer.init_state(1, 2), 3)
