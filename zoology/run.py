@@ -112,7 +112,8 @@ def sweep(options: dict[str, Any]) -> int:
         scale, why = plan.choose_scale(options["scale"], devices != ["cpu"])
         every = all_runs(options, scale)
         chosen = None if options["only"] is None else plan.choices(options["only"])
-        configs = every if chosen is None else plan.keep_only(every, chosen)
+        words = plan.data_words(every)
+        configs = every if chosen is None else plan.keep_only(every, chosen, words)
         directory = options["out"] or Path("results", f"{options['experiment'].stem}-{scale}")
         limits = {
             key: plan.parse_duration(options[key], f"--{key.replace('_', '-')}") for key in ("time_limit", "timeout")
@@ -124,7 +125,7 @@ def sweep(options: dict[str, Any]) -> int:
         setups, loggers = worker_setups(options, devices, directory), make_loggers(options["log"], directory)
         _say(console, why)
         if options["dry_run"]:
-            console.print(plan_table(plan.make_plan(configs, devices[0])))
+            console.print(plan_table(plan.make_plan(configs, devices[0], words=words)))
             return Exit.DONE
         with store.open_directory(directory), Signals() as stop:
             found = store.scan(directory)
@@ -132,8 +133,9 @@ def sweep(options: dict[str, Any]) -> int:
             if options["best_seeds"] is not None:
                 lost = () if options["rerun"] else found.failed
                 configs = with_best_seeds(every, found.finished, options["best_seeds"], lost)
-                configs = configs if chosen is None else plan.keep_only(configs, chosen)
-            runs = plan.make_plan(configs, devices[0], () if options["rerun"] == "all" else found.finished)
+                configs = configs if chosen is None else plan.keep_only(configs, chosen, words)
+            finished = () if options["rerun"] == "all" else found.finished
+            runs = plan.make_plan(configs, devices[0], finished, words)
             runs = runs if chosen is None else plan.ranked(runs, chosen)
             points = {run.point_id for run in every}
             return execute(console, options, runs, found, directory, setups, loggers, limits, points, stop)
@@ -362,7 +364,7 @@ def plan_table(runs: list[PlannedRun]) -> Table:
         first = group[0]
         table.add_row(
             first.config.architecture,
-            plan.point_label(first.config.model),
+            first.point,
             " ".join(f"{rate:g}" for rate in sorted({planned.config.train.lr for planned in group})),
             " ".join(str(seed) for seed in sorted({planned.config.seed for planned in group})),
             str(first.config.train.epochs),

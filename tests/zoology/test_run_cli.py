@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections import deque
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -144,6 +145,14 @@ def test_what_only_names_first_is_done_first(command, engines, experiment):
     assert engines.made[-1].started == [*based, *attention]
     assert command("--only", "attention,based", "--rerun", "all").exit_code == 0
     assert engines.made[-1].started == [*attention, *based]
+
+
+def test_only_takes_words_of_the_data(command, engines):
+    path = Path(__file__).parents[2] / "experiments" / "zoology_figure2.py"
+    said = command("--scale", "smoke", "--only", "attention seq_len=32", path=path)
+    assert said.exit_code == 0, said.output
+    assert "attention d_model=16 seq_len=32 num_kv_pairs=4 lr=0.01 seed=0" in said.output
+    assert len(engines.made[-1].started) == 1
 
 
 def test_seeds_at_the_best_rate_wait_for_rates_that_only_leaves_out(command, engines, tmp_path):

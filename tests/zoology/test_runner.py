@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from zoology.runner.driver import Exit, partition, run_sweep
 from zoology.runner.plan import PlanError
 from zoology.runner.worker import Failure
 from zoology.train import train
+
+ONE_LENGTH_AT_A_TIME = Path(__file__).parents[2] / "experiments" / "zoology_figure2.py"
 
 
 @pytest.fixture
@@ -389,6 +392,23 @@ def test_architectures_named_first_start_first_whatever_their_length(make_run):
     ordered = plan.longest_first(planned, lambda run: None)
     started = [(run.config.architecture, run.config.train.epochs) for run in ordered]
     assert started == [("based", 9), ("based", 1), ("attention", 9), ("attention", 1)]
+
+
+def test_where_data_differ_labels_tell():
+    runs = plan.load_sweep(ONE_LENGTH_AT_A_TIME, "smoke")
+    labels = [run.label for run in plan.make_plan(runs, "cpu")]
+    assert labels[0] == "attention d_model=16 seq_len=16 num_kv_pairs=2 lr=0.01 seed=0"
+    assert len(set(labels)) == len(labels) == 12
+    assert set(plan.data_words(runs[:6]).values()) == {""}  # all of one length
+
+
+def test_labels_of_a_part_are_those_of_the_whole():
+    runs, chosen = plan.load_sweep(ONE_LENGTH_AT_A_TIME, "smoke"), plan.choices("based seq_len=32")
+    words = plan.data_words(runs)
+    kept = plan.keep_only(runs, chosen, words)
+    assert [(run.architecture, run.data.max_test_length) for run in kept] == [("based", 32)]
+    (planned,) = plan.ranked(plan.make_plan(kept, "cpu", words=words), chosen)
+    assert planned.point == "d_model=16 kernel_size=3 feature_dim=8 seq_len=32 num_kv_pairs=4"
 
 
 class InstantEngine:

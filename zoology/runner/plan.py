@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 
 from architectures.mixer import SequenceMixer
 from architectures.user_files import described, run_file
-from zoology.config import ModelConfig, RunConfig, layer_options_text
+from zoology.config import DataConfig, ModelConfig, RunConfig, layer_options_text
 from zoology.model import LanguageModel
 from zoology.precision import check_precision, computing_in
 
@@ -39,7 +40,7 @@ class PlannedRun(NamedTuple):
     run_id: str
     point_id: str
     config: RunConfig
-    label: str  # architecture and the options that distinguish its points, learning rate, seed
+    label: str  # architecture, the options and data that distinguish its points, learning rate, seed
     size: Size | None  # None for a model that has nothing left to do
     rank: int = 0  # lower ranks start first
 
@@ -47,6 +48,11 @@ class PlannedRun(NamedTuple):
     def cost(self) -> float:
         """Floating-point operations, roughly."""
         return 0.0 if self.size is None else _cost(self.config, self.size)
+
+    @property
+    def point(self) -> str:
+        """What distinguishes its point among those of its architecture."""
+        return self.label.split(" ", 1)[1].rsplit(" lr=", 1)[0]
 
 
 def choose_scale(requested: str | None, has_gpu: bool) -> tuple[str, str]:
@@ -104,20 +110,25 @@ def choices(only: str) -> list[Choice]:
     return [Choice(name, frozenset(words)) for name, *words in filter(None, parts)]
 
 
-def keep_only(runs: Sequence[RunConfig], chosen: Sequence[Choice]) -> list[RunConfig]:
-    """The runs that a choice takes. Raises PlanError without any choice, or for one that takes no run."""
+def keep_only(
+    runs: Sequence[RunConfig], chosen: Sequence[Choice], words: Mapping[DataConfig, str] | None = None
+) -> list[RunConfig]:
+    """The runs that a choice takes; `words` are those of the whole sweep's data, by default of these runs'.
+
+    Raises PlanError without any choice, or for one that takes no run.
+    """
     known = sorted({run.architecture for run in runs})
     if not chosen:
         raise PlanError(f"--only names no architecture: this sweep has {', '.join(known)}")
     unknown = [choice.architecture for choice in chosen if choice.architecture not in known]
     if unknown:
         raise PlanError(f"--only {','.join(unknown)}: not in this sweep, which has {', '.join(known)}")
-    labels = _labels(runs, [run.point_id for run in runs])
+    labels = _labels(runs, [run.point_id for run in runs], words)
     for choice in chosen:
         if not any(map(choice.takes, labels)):
             told = " ".join((choice.architecture, *sorted(choice.words)))
-            words = {word for name, *rest in map(str.split, labels) if name == choice.architecture for word in rest}
-            raise PlanError(f"--only {told!r}: no run has all of that; in labels are {', '.join(sorted(words))}")
+            there = {word for name, *rest in map(str.split, labels) if name == choice.architecture for word in rest}
+            raise PlanError(f"--only {told!r}: no run has all of that; in labels are {', '.join(sorted(there))}")
     return [run for run, label in zip(runs, labels) if any(choice.takes(label) for choice in chosen)]
 
 
@@ -130,13 +141,33 @@ def ranked(runs: Iterable[PlannedRun], chosen: Sequence[Choice]) -> list[Planned
     return [run._replace(rank=first(run.label)) for run in runs]
 
 
-def _labels(runs: Sequence[RunConfig], point_ids: Sequence[str]) -> list[str]:
-    """Of each run: its architecture, the options that distinguish its points, its learning rate and its seed."""
+def data_words(runs: Iterable[RunConfig]) -> dict[DataConfig, str]:
+    """What distinguishes the data of a sweep's runs, as labels have it: "seq_len=64"; nothing where all have the same.
+
+    Of a task's options those that all test slices share, and the length of the longest.
+    """
+    traits = {data: _traits(data) for data in {id(run.data): run.data for run in runs}.values()}
+    keys = [key for key in dict.fromkeys(chain(*traits.values())) if len({of.get(key) for of in traits.values()}) > 1]
+    return {data: " ".join(f"{key}={of[key]}" for key in keys if key in of) for data, of in traits.items()}
+
+
+def _traits(data: DataConfig) -> dict[str, str]:
+    options = [part.task.model_dump(mode="json") for part in data.test]
+    shared = {key: value for key, value in options[0].items() if all(of.get(key) == value for of in options)}
+    traits = shared | {"seq_len": data.max_test_length, "shuffle": data.shuffle}
+    return {key: "".join(str(value).split()) for key, value in traits.items()}
+
+
+def _labels(
+    runs: Sequence[RunConfig], point_ids: Sequence[str], words: Mapping[DataConfig, str] | None = None
+) -> list[str]:
+    """Of each run: its architecture, the options and data that distinguish its points, learning rate and seed."""
+    words = data_words(runs) if words is None else words
     names: dict[str, str] = {}
     labels = []
     for run, point in zip(runs, point_ids):
         if point not in names:
-            names[point] = f"{run.architecture} {point_label(run.model)}"
+            names[point] = f"{run.architecture} {point_label(run.model)} {words[run.data]}".rstrip()
         labels.append(f"{names[point]} lr={run.train.lr:g} seed={run.seed}")
     return labels
 
@@ -160,10 +191,16 @@ def with_precision(runs: Sequence[RunConfig], precision: str) -> list[RunConfig]
     return list({run.run_id: run for run in changed}.values())
 
 
-def make_plan(runs: Sequence[RunConfig], device: str, finished: Collection[str] = ()) -> list[PlannedRun]:
+def make_plan(
+    runs: Sequence[RunConfig],
+    device: str,
+    finished: Collection[str] = (),
+    words: Mapping[DataConfig, str] | None = None,
+) -> list[PlannedRun]:
     """Check every run for this device and say what it will cost, in the order given.
 
-    Models all of whose runs are in `finished`, by run id, are not built.
+    Models all of whose runs are in `finished`, by run id, are not built. `words` are those of the whole sweep's data,
+    by default of these runs'.
 
     Raises PlanError for runs that are there twice, for models that cannot be built, and for named backends and
     precisions that this device refuses.
@@ -172,7 +209,7 @@ def make_plan(runs: Sequence[RunConfig], device: str, finished: Collection[str] 
     to_do = {point for run_id, point in zip(run_ids, point_ids) if run_id not in finished}
     sizes: dict[str, Size | None] = {}
     planned = []
-    for run, run_id, point, label in zip(runs, run_ids, point_ids, _labels(runs, point_ids)):
+    for run, run_id, point, label in zip(runs, run_ids, point_ids, _labels(runs, point_ids, words)):
         if point not in sizes:
             sizes[point] = _measure(run, device) if point in to_do else None
         planned.append(PlannedRun(run_id, point, run, label, sizes[point]))
