@@ -209,7 +209,8 @@ class LanguageModel(nn.Module):
         training = self.training
         self.eval()
         try:
-            decoder = Decoder(self, batch_size, length + max_new_tokens, compiled=compiled)
+            # The last token made is not read.
+            decoder = Decoder(self, batch_size, length + max_new_tokens - 1, compiled=compiled)
             made = decoder.pick(decoder.prefill(tokens, prefix_length), temperature=temperature, seed=seed)[:, None]
             if max_new_tokens > 1:
                 rest = decoder.decode(made[:, 0], max_new_tokens - 1, temperature=temperature)

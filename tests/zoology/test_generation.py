@@ -92,6 +92,16 @@ def test_learned_positions_and_other_shells(norm):
     assert torch.allclose(actual, model(tokens)[:, 6:], rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("new", [1, 4])
+def test_a_text_may_end_one_token_after_the_last_learned_position(new):
+    model, tokens = build(ATTENTION, max_positions=8), draw(2, 9 - new)
+    made = model.generate(tokens, new)
+    last = model(made[:, :8])[:, -1].argmax(-1)
+    assert torch.equal(made[:, 8], last)
+    with pytest.raises(ValueError, match="max_seq_len=9: the model has 8 learned positions"):
+        model.generate(tokens, new + 1)
+
+
 INTERPRETED = """
 import torch
 
