@@ -225,6 +225,9 @@ def execute(
     estimate, memory = known_from(runs, found.finished)
     setups = setups[: max(1, len(todo))]
     _say(console, overview(runs, todo, left_failed, setups, directory))
+    # All of them before the first run starts: those that this sweep does not get to are missing then, not done.
+    if options["rerun"] == "all" and (kept := store.set_aside(directory, [run.run_id for run in todo])):
+        _say(console, f"{kept} earlier results are kept in <run id>/earlier until their runs are finished again")
     outcome = SweepOutcome(Exit.DONE, {}, {})
     view = progress.make_view(console)
     if todo:
@@ -238,7 +241,6 @@ def execute(
             estimate=estimate,
             memory=memory,
             retries=options["retries"],
-            fresh=options["rerun"] == "all",
             time_limit=limits["time_limit"],
             stop=stop,
         )
@@ -341,7 +343,7 @@ def _how_to_go_on(console: Console, runs, directory: Path, records: dict[str, An
 
 
 def command_line() -> str:
-    """The command that goes on with this sweep."""
+    """The command that goes on with this sweep: what `--rerun all` is to replace was set aside and is missing now."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--rerun=all"]
     for index in range(len(arguments) - 1, 0, -1):
         if arguments[index - 1 : index + 1] == ["--rerun", "all"]:

@@ -258,6 +258,40 @@ def test_a_time_limit_has_its_own_exit_code_and_says_how_to_go_on(command, monke
     assert f"python -m zoology.run {experiment} --time-limit 1e-6" in said.output.replace("\n", "")
 
 
+def test_a_rerun_of_all_that_is_cut_off_is_gone_on_with_and_loses_nothing(
+    command, monkeypatch, tmp_path, experiment, engines
+):
+    out, runs = tmp_path / "out", [run.run_id for run in plan.load_sweep(experiment, "smoke")]
+    engines.script[runs[3]] = [Failure("error", "ValueError: too bad", "Traceback")]
+    assert command().exit_code == Exit.FAILURES
+    engines.script.clear()
+    old = {run_id: (out / run_id / "result.json").read_text() for run_id in runs[:3]}
+
+    def cut_off(todo, engine, *arguments, **options):
+        """End as the second run has started."""
+        stop = {"stop": lambda: Exit.TIME_LIMIT if len(engine.started) == 2 else None}
+        return run_sweep(todo, engine, *arguments, **options | stop)
+
+    monkeypatch.setattr(run, "run_sweep", cut_off)
+    monkeypatch.setattr(sys, "argv", ["run.py", str(experiment), "--rerun", "all"])
+    said = command("--rerun", "all")
+    assert said.exit_code == Exit.TIME_LIMIT
+    assert "4 to do" in said.output
+    assert "3 earlier results are kept in <run id>/earlier until their runs are finished again" in said.output
+    assert "1 of 4 runs are finished and kept; go on with" in said.output
+    assert said.output.rstrip().splitlines()[-3].strip() == f"python -m zoology.run {experiment}"
+    (done,) = (path.parent.name for path in out.glob("*/result.json"))
+    kept = {path.parents[1].name: path.read_text() for path in out.glob("*/earlier/result.json")}
+    assert kept == {run_id: text for run_id, text in old.items() if run_id != done}
+
+    monkeypatch.setattr(run, "run_sweep", run_sweep)
+    said = command()
+    assert said.exit_code == 0, said.output
+    assert "3 to do;" in said.output
+    assert sorted(engines.made[-1].started) == sorted({*runs} - {done})
+    assert not list(out.glob("*/earlier"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -295,8 +295,8 @@ def test_beginning_again_forgets_the_attempt_before(tmp_path, make_run):
     run = make_run()
     folder = store.RunFolder(tmp_path, run.run_id)
 
-    def left(**options):
-        folder.begin(run, **options)
+    def left():
+        folder.begin(run)
         return sorted(path.name for path in folder.path.iterdir())
 
     assert left() == ["config.json"]
@@ -305,7 +305,6 @@ def test_beginning_again_forgets_the_attempt_before(tmp_path, make_run):
     for name in (".config.json.x.tmp", "checkpoint.pt", "result.json"):
         (folder.path / name).write_text("")
     assert left() == ["checkpoint.pt", "config.json"]
-    assert left(fresh=True) == ["config.json"]
 
 
 def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path, make_run, in_process_engine, watcher):
@@ -347,8 +346,44 @@ def test_rerun_all_starts_from_the_first_epoch(tmp_path, make_run, in_process_en
     folder = store.RunFolder(tmp_path, run.run_id)
     folder.begin(run.config)
     train(run.config, checkpoint=folder.checkpoint)
-    record = sweep([run], tmp_path, in_process_engine(tmp_path), watcher, fresh=True).records[run.run_id]
+    assert store.set_aside(tmp_path, [run.run_id]) == 0
+    record = sweep([run], tmp_path, in_process_engine(tmp_path), watcher).records[run.run_id]
     assert record["resumed"] is False
+
+
+def test_a_result_that_is_to_be_replaced_is_kept_until_it_is(tmp_path, make_run):
+    run = make_run()
+    folder = store.RunFolder(tmp_path, run.run_id)
+
+    def files():
+        return {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()}
+
+    folder.begin(run)
+    folder.add_epoch({"epoch": "first"})
+    folder.finish({"run": "first"})
+    assert store.set_aside(tmp_path, [run.run_id, "0" * 12]) == 1
+    assert files() == {"config.json", "earlier/result.json", "earlier/metrics.jsonl"}
+    folder.begin(run)
+    folder.add_epoch({"epoch": "second"})
+    folder.fail("no more")
+    # What broke off has no result: set aside again, it leaves the one before where it is.
+    assert store.set_aside(tmp_path, [run.run_id]) == 1
+    assert json.loads((folder.path / "earlier" / "result.json").read_text()) == {"run": "first"}
+    assert json.loads((folder.path / "earlier" / "metrics.jsonl").read_text()) == {"epoch": "first"}
+    folder.begin(run)
+    folder.finish({"run": "third"})
+    assert files() == {"config.json", "result.json"}
+
+
+def test_results_that_cannot_be_set_aside_are_left_and_stop_the_sweep(tmp_path, make_run):
+    run = make_run()
+    folder = store.RunFolder(tmp_path, run.run_id)
+    folder.begin(run)
+    folder.finish({})
+    (folder.path / "earlier").write_text("")
+    with pytest.raises(store.ResultsError, match=r"cannot be set aside: .*File exists"):
+        store.set_aside(tmp_path, [run.run_id])
+    assert (folder.path / "result.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["crashed", "timed out", "out of memory", "error", "diverged"])

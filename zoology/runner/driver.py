@@ -136,7 +136,6 @@ def run_sweep(
     estimate: Estimate | None = None,
     memory: MemoryEstimate | None = None,
     retries: int = 1,
-    fresh: bool = False,
     time_limit: float | None = None,
     stop: Callable[[], Exit | None] = lambda: None,
 ) -> SweepOutcome:
@@ -146,7 +145,6 @@ def run_sweep(
         total, done: size of the whole plan and how much of it is done already, for the view.
         estimate, memory: what is known of times and memory from earlier runs.
         retries: how often a run is tried again whose worker died.
-        fresh: start from the first epoch also where there is a checkpoint.
         time_limit: seconds after which runs in progress are given up and the sweep ends with Exit.TIME_LIMIT.
         stop: asked several times a second for a reason to end now, such as `Signals`.
 
@@ -155,7 +153,7 @@ def run_sweep(
     estimate = estimate or Estimate()
     pending = deque(longest_first(runs, estimate.seconds))
     progress = Progress(total, done, 0, pending, {}, estimate, engine.slots)
-    sweep = _Sweep(engine, directory, view, progress, memory or MemoryEstimate(), retries, fresh)
+    sweep = _Sweep(engine, directory, view, progress, memory or MemoryEstimate(), retries)
     deadline = float("inf") if time_limit is None else time.monotonic() + time_limit
     view.begin(progress)
     try:
@@ -202,7 +200,6 @@ class _Sweep:
         progress: Progress,
         memory: MemoryEstimate,
         retries: int,
-        fresh: bool,
     ):
         self.engine = engine
         self.directory = directory
@@ -210,7 +207,6 @@ class _Sweep:
         self.progress = progress
         self.memory = memory
         self.retries = retries
-        self.fresh = fresh
         self.records: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         self.timed: set[str] = set()  # architectures of which a run finished here
@@ -276,7 +272,7 @@ class _Sweep:
         folder = store.RunFolder(self.directory, run.run_id)
         self.progress.active[run.run_id] = Active(run, folder)
         try:
-            folder.begin(run.config, fresh=self.fresh)
+            folder.begin(run.config)
         except OSError as error:
             self._fail(run.run_id, Failure("error", f"cannot write its files: {error}"))
             return

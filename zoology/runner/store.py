@@ -5,6 +5,7 @@
     DIR/<run id>/result.json     written last and atomically: it exists if and only if the run finished
     DIR/<run id>/error.txt       why a run failed
     DIR/<run id>/checkpoint.pt   its state after the last epoch, until it is finished
+    DIR/<run id>/earlier/        result and metrics that a rerun is to replace, until it is finished
     DIR/baselines/, DIR/logs/    scores of predictors that cannot recall, output of the workers
 
 One process, the driver, writes all of them but the checkpoint, baselines and logs.
@@ -17,9 +18,10 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,6 +174,17 @@ def open_directory(directory: Path) -> FileLock:
     return lock
 
 
+def set_aside(directory: Path, run_ids: Iterable[str]) -> int:
+    """Make runs ones that were never started; returns how many results are kept in earlier/ until they are replaced.
+
+    Raises ResultsError.
+    """
+    try:
+        return sum([RunFolder(directory, run_id).set_aside() for run_id in run_ids])
+    except OSError as error:
+        raise ResultsError(f"results in {directory} cannot be set aside: {error}") from None
+
+
 class RunFolder:
     """The files of one run, as the driver writes them."""
 
@@ -183,11 +196,25 @@ class RunFolder:
         """Where the run's worker keeps its state after an epoch."""
         return self.path / "checkpoint.pt"
 
-    def begin(self, config: RunConfig, *, fresh: bool = False) -> None:
-        """Forget the outcome of an earlier attempt, and its checkpoint if `fresh`, and write config.json."""
+    @property
+    def _earlier(self) -> Path:
+        return self.path / "earlier"
+
+    def set_aside(self) -> bool:
+        """Make the run one that was never started; a result is kept in earlier/. Returns whether there is one."""
+        for path in (self.path / "error.txt", self.checkpoint):
+            path.unlink(missing_ok=True)
+        if (self.path / "result.json").exists():
+            shutil.rmtree(self._earlier, ignore_errors=True)
+            self._earlier.mkdir(exist_ok=True)
+            for name in ("result.json", "metrics.jsonl"):
+                with suppress(FileNotFoundError):
+                    os.replace(self.path / name, self._earlier / name)
+        return self._earlier.exists()
+
+    def begin(self, config: RunConfig) -> None:
+        """Forget the outcome of an earlier attempt but for its checkpoint, and write config.json."""
         self.path.mkdir(exist_ok=True)
-        if fresh:
-            self.checkpoint.unlink(missing_ok=True)
         for name in ("result.json", "error.txt", "metrics.jsonl"):
             (self.path / name).unlink(missing_ok=True)
         for left in self.path.glob("*.tmp"):
@@ -207,6 +234,7 @@ class RunFolder:
         """Write result.json, which makes the run finished."""
         write_atomically(self.path / "result.json", to_json(record) + "\n")
         self.checkpoint.unlink(missing_ok=True)
+        shutil.rmtree(self._earlier, ignore_errors=True)
 
     def fail(self, message: str, details: str = "", *, keep_checkpoint: bool = False) -> None:
         """Write error.txt: the reason on the first line, then what is known beyond it."""
