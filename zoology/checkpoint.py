@@ -15,7 +15,7 @@ def write_checkpoint(path: Path, run_id: str, state: dict[str, Any]) -> None:
     """Replace the checkpoint at `path` atomically: a kill at any moment leaves a whole one.
 
     It is not forced to the disk, which would take longer than a short epoch: when the machine loses power the file may
-    be lost, which `read_checkpoint` notices.
+    be lost, which `read_checkpoint` notices. Raises OSError if it cannot be written; the one before is left then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -23,6 +23,11 @@ def write_checkpoint(path: Path, run_id: str, state: dict[str, Any]) -> None:
         with open(temporary, "wb") as file:
             torch.save({"version": VERSION, "run_id": run_id, "torch": str(torch.__version__)} | state, file)
         os.replace(temporary, path)
+    except RuntimeError as error:
+        # Of a write that failed torch says "unexpected pos" as it closes its archive.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -89,8 +89,9 @@ def train(
         load: may keep datasets that several runs share.
         checkpoint: a file that is replaced after each epoch, before `on_epoch`. If it exists, the run goes on from
             there: first `on_epoch` is called again for every epoch in it, so that whoever writes metrics starts a
-            new file. On a CPU a resumed run has the numbers of an uninterrupted one, bit for bit. The file is left
-            behind at the end: whoever keeps the outcome deletes it then.
+            new file. On a CPU a resumed run has the numbers of an uninterrupted one, bit for bit. If it cannot be
+            written, the one before stays. The file is left behind at the end: whoever keeps the outcome deletes it
+            then.
         mode: "eager" runs operation by operation, "graph" and "compiled graph" replay CUDA graphs of one training
             step and one evaluation batch for each shape (see `zoology.graphs`), "static" and "compiled" are those
             steps without a graph. "pieces" are compiled but for the calls that the compiler refuses.
@@ -125,6 +126,7 @@ class _Run:
         self.epochs: list[Epoch] = []
         self.best: tuple[float, int, dict] | None = None
         self.scores: dict[str, Score] | None = None  # on validation, of the current weights
+        self.told = False  # that a checkpoint could not be written
 
     def _make_loop(self, load: Callable, mode: Mode):
         def splits():
@@ -163,7 +165,7 @@ class _Run:
         while not self.done:
             self._train_epoch()
             if checkpoint is not None:
-                write_checkpoint(checkpoint, self.config.run_id, self._state())
+                self._keep(checkpoint)
             on_epoch(self.epochs[-1])
         if self.best is not None:
             self.model.load_state_dict(self.best[2])
@@ -226,6 +228,15 @@ class _Run:
             "random": torch.get_rng_state(),
             "device_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
+
+    def _keep(self, path: Path) -> None:
+        """Write a checkpoint; on a full disk the run goes on with the one before, and tries again after each epoch."""
+        try:
+            write_checkpoint(path, self.config.run_id, self._state())
+        except OSError as error:
+            if not self.told:
+                log.warning("checkpoint %s cannot be written, training goes on without a newer one: %s", path, error)
+            self.told = True
 
     def _resume(self, path: Path) -> None:
         state = read_checkpoint(path, self.config.run_id)

@@ -119,6 +119,30 @@ def test_a_result_that_cannot_be_written_is_a_failure_and_the_sweep_goes_on(
     assert (tmp_path / full / "checkpoint.pt").exists()
 
 
+def test_a_run_whose_files_cannot_be_written_keeps_its_checkpoint(
+    tmp_path, runs, in_process_engine, watcher, monkeypatch
+):
+    """Nor do baselines that cannot be kept fail a run."""
+    folder = store.RunFolder(tmp_path, runs[0].run_id)
+    folder.begin(runs[0].config)
+    folder.checkpoint.write_bytes(b"x")
+    write = store.write_atomically
+
+    def write_or_fail(path, text):
+        if path.parent.name in (runs[0].run_id, "baselines"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(store, "write_atomically", write_or_fail)
+    monkeypatch.setattr(worker, "_known_floors", {})
+    outcome = sweep(runs, tmp_path, in_process_engine(tmp_path), watcher)
+    assert outcome.failures == {
+        runs[0].run_id: "cannot write its files: [Errno 28] No space left on device",
+    }
+    assert folder.checkpoint.read_bytes() == b"x"
+    assert set(outcome.records) == {run.run_id for run in runs[1:]}
+
+
 def test_json_has_no_nan():
     assert store.to_json({"a": [math.nan, 1.5], "b": (math.inf,)}) == '{"a": [null, 1.5], "b": [null]}'
 

@@ -274,7 +274,7 @@ class _Sweep:
         try:
             folder.begin(run.config)
         except OSError as error:
-            self._fail(run.run_id, Failure("error", f"cannot write its files: {error}"))
+            self._fail(run.run_id, Failure("crashed", f"cannot write its files: {error}"))
             return
         self._give(run)
 

@@ -11,6 +11,7 @@ import platform
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,9 +143,11 @@ def _floors(task: tasks.Task, seed: int, directory: str) -> dict[str, float]:
         except (OSError, ValueError, KeyError):
             _known_floors[identity] = tasks.baselines(task, seed=seed)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {"task": task.config(), "seed": seed, "accuracy": _known_floors[identity]}
-        store.write_atomically(path, store.to_json(content))
+        # On a full disk the next worker computes them again.
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.write_atomically(path, store.to_json(content))
     return _known_floors[identity]
 
 
