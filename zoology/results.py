@@ -173,9 +173,10 @@ def select(frame: pd.DataFrame) -> pd.DataFrame:
 
     The rate is the one with the highest validation accuracy, averaged over slices and seeds; rates compete only
     if as many seeds finished as for the rate with most, and of equals the smaller rate wins. Test accuracies are
-    reported for that rate: `accuracy` is the mean over seeds, `low` and `high` its 95% interval by Student's t
-    (clipped to [0, 1]; NaN for one seed), `worst` and `best` the range of the seeds. `lr_at_edge` says that a
-    rate beyond the grid might have been better: the selected one is the smallest or largest of several.
+    reported for that rate: `accuracy` is the mean over seeds, `half` half the width of its 95% interval by Student's
+    t, `low` and `high` that interval clipped to [0, 1] (all three NaN for one seed), `worst` and `best` the range of
+    the seeds. `lr_at_edge` says that a rate beyond the grid might have been better: the selected one is the smallest
+    or largest of several.
 
     Raises ValueError for runs that were tested on different data: see `by_test_data`.
     """
@@ -216,7 +217,7 @@ def _best_rate(runs: pd.DataFrame) -> float:
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
-    """Mean over seeds, number of seeds, 95% t-interval clipped to [0, 1], range."""
+    """Mean over seeds, number of seeds, half the width of the 95% t-interval, the interval clipped to [0, 1], range."""
     values = np.asarray(list(values), dtype=float)
     count, mean = len(values), float(values.mean())
     half = math.nan
@@ -226,6 +227,7 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     return {
         "accuracy": mean,
         "num_seeds": count,
+        "half": half,
         "low": max(0.0, mean - half) if count > 1 else math.nan,
         "high": min(1.0, mean + half) if count > 1 else math.nan,
         "worst": float(values.min()),

@@ -390,7 +390,7 @@ def results_table(frame, selected, width: int) -> tuple[Table, int]:
     for _, group in selected.groupby("point_id", sort=False):
         by_slice = group.set_index("slice")
         mean = by_slice.loc[results.MEAN]
-        half = f" ±{mean['high'] - mean['accuracy']:.3f}" if mean["num_seeds"] > 1 else ""
+        half = f" ±{mean['half']:.3f}" if mean["num_seeds"] > 1 else ""
         facts = (
             mean["architecture"],
             mean["point"],

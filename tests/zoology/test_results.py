@@ -199,6 +199,7 @@ def test_the_interval_is_that_of_student(count):
     found = results.spread(values)
     assert found["low"] == pytest.approx(max(low, 0), abs=1e-3 if count > 31 else 1e-5)
     assert found["high"] == pytest.approx(min(high, 1), abs=1e-3 if count > 31 else 1e-5)
+    assert found["half"] == pytest.approx((high - low) / 2, abs=1e-3 if count > 31 else 1e-5)
     assert found["accuracy"] == pytest.approx(values.mean())
 
 
@@ -207,11 +208,13 @@ def test_one_seed_has_no_interval():
     assert (found["accuracy"], found["worst"], found["best"], found["num_seeds"]) == (0.25, 0.25, 0.25, 1)
     assert math.isnan(found["low"])
     assert math.isnan(found["high"])
+    assert math.isnan(found["half"])
 
 
 def test_intervals_end_at_0_and_1():
     assert results.spread([0.0, 1.0])["low"] == 0.0
     assert results.spread([0.0, 1.0])["high"] == 1.0
+    assert results.spread([0.0, 1.0])["half"] == pytest.approx(12.7062 * 0.5)
 
 
 def test_slices_are_ordered_by_what_they_demand():

@@ -423,6 +423,14 @@ def test_the_hardest_slices_stay_where_the_table_is_narrow(make_record, paper_ru
         assert max(map(len, text.splitlines())) <= width
 
 
+def test_what_a_mean_is_sure_to_is_half_its_interval_however_near_it_is_to_1(make_record, make_run):
+    records = [make_record(make_run(seed=seed), accuracy) for seed, accuracy in enumerate((0.99, 0.98, 0.95))]
+    frame = results.from_records(records)
+    console = Console(width=400, file=io.StringIO())
+    console.print(run.results_table(frame, results.select(frame), 400)[0])
+    assert re.findall(r"0\.973 ±(\S+)", console.file.getvalue()) == ["0.052"]  # 4.3027 times .0208 by the root of 3
+
+
 def test_a_line_tells_the_time_to_compile_and_why_nothing_faster_ran(make_run, make_record):
     (run,) = plan.make_plan([make_run()], "cpu")
     view = progress.PlainView(Console(file=io.StringIO()))
