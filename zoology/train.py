@@ -40,7 +40,7 @@ Mode = Literal["auto", "eager", "static", "compiled", "pieces", "graph", "pieces
 
 
 class Epoch(NamedTuple):
-    """What is known after an epoch: one line of metrics.jsonl."""
+    """What is known after an epoch; a line of metrics.jsonl also has the run's `device_share` up to then."""
 
     epoch: int  # 1-based
     lr: float

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import zoology.runner.store as store
 from architectures import backends
 from architectures.backends import BackendError
 from zoology.config import SCHEMA_VERSION, TrainConfig, layer
-from zoology.engines.local import Finished
+from zoology.engines.local import EpochDone, Finished
 from zoology.runner import plan, worker
 from zoology.runner.driver import Exit, partition, run_sweep
 from zoology.runner.plan import PlanError
@@ -328,7 +329,9 @@ def test_beginning_again_forgets_the_attempt_before(tmp_path, make_run):
     folder.fail("out of memory")
     for name in (".config.json.x.tmp", "checkpoint.pt", "result.json"):
         (folder.path / name).write_text("")
-    assert left() == ["checkpoint.pt", "config.json"]
+    assert left() == ["checkpoint.pt", "config.json", "metrics.jsonl"]
+    folder.checkpoint.unlink()
+    assert left() == ["config.json"]
 
 
 def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path, make_run, in_process_engine, watcher):
@@ -354,6 +357,93 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path, make_run, 
     lines = (folder.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
     assert not folder.checkpoint.exists()
+
+
+class ToldEngine:
+    """Each start of a run is the next of `attempts`: epochs as (train seconds, share) that are reported, and an end.
+
+    Those that begin with the epochs of one before go on from its checkpoint. An end is the share of the whole attempt
+    with the record, a Failure, or None where the sweep is stopped.
+    """
+
+    slots, free, built = 1, 1, None
+
+    def __init__(self, *attempts):
+        self.attempts, self.cut_off = deque(attempts), False
+
+    def fits(self, point_id, needs):
+        return True
+
+    def start(self, run_id, point_id, config_json, needs):
+        self.run_id = run_id
+
+    def poll(self, timeout):
+        *epochs, end = self.attempts.popleft()
+        events = [
+            EpochDone(self.run_id, {"epoch": number, "train_seconds": seconds}, None, share)
+            for number, (seconds, share) in enumerate(epochs, 1)
+        ]
+        self.cut_off = end is None
+        if isinstance(end, Failure):
+            events.append(Finished(self.run_id, None, end))
+        elif end is not None:
+            record = {"wall_seconds": 400.0, "execution": {"build_seconds": 0.0}}
+            events.append(Finished(self.run_id, record, None, None, end))
+        return events
+
+    def stop(self):
+        pass
+
+
+CRASH = Failure("crashed", "the worker process was ended by SIGSEGV")
+
+
+@pytest.mark.parametrize("end", [CRASH, None], ids=["crashed", "stopped"])
+@pytest.mark.parametrize(
+    ("attempts", "share"),
+    [
+        # 390 s beside three others, then 10 s alone: (390 / 4 + 10) / 400.
+        ([[(195.1, 0.2), (194.9, 0.25)], [(195.1, 1.0), (194.9, 1.0), (10.0, 1.0), 1.0]], 0.26875),
+        # The second epoch did not get into the checkpoint: what counts is what the first one's share was then.
+        ([[(195.0, 0.2), (195.0, 0.25)], [(195.0, 1.0), (193.0, 1.0), (12.0, 1.0), 1.0]], (195 * 0.2 + 205) / 400),
+        # Three attempts, one of which ended before it reported anything.
+        ([[(100.0, 0.25)], [], [(100.0, 1.0), (100.0, 0.5)], [(100.0, 1.0), (100.0, 1.0), (200.0, 1.0), 1.0]], 0.6875),
+        # All that was left was to score.
+        ([[(100.0, 0.25)], [(100.0, 1.0), 1.0]], 0.25),
+        # The checkpoint was of no use.
+        ([[(100.0, 0.25)], [(101.0, 1.0), (99.0, 0.5), 0.5]], 0.5),
+    ],
+    ids=["resumed", "half", "three", "scored", "anew"],
+)
+def test_the_share_of_a_resumed_run_is_that_of_all_its_attempts(tmp_path, make_run, watcher, attempts, share, end):
+    (run,) = plan.make_plan([make_run(epochs=3)], "cpu")
+    *broken, last = attempts
+    engine = ToldEngine(*([*epochs, end] for epochs in broken), last)
+    folder = store.RunFolder(tmp_path, run.run_id)
+    folder.path.mkdir()
+    folder.checkpoint.write_bytes(b"x")
+    for _ in attempts:
+        stop = {"stop": lambda: Exit.INTERRUPTED if engine.cut_off else None}
+        outcome = sweep([run], tmp_path, engine, watcher, retries=len(attempts), **stop)
+        if not engine.attempts:
+            break
+        engine.cut_off = False
+    record = outcome.records[run.run_id]
+    assert record["device_share"] == pytest.approx(share)
+    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, len(last)))
+    assert lines[-1]["device_share"] == pytest.approx(share)
+
+
+def test_metrics_end_where_a_line_was_cut_off(tmp_path, make_run):
+    folder = store.RunFolder(tmp_path, make_run().run_id)
+    assert folder.epochs() == []
+    folder.begin(make_run())
+    for number in (1, 2):
+        folder.add_epoch({"epoch": number})
+    with open(folder.path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "tr')
+    assert folder.epochs() == [{"epoch": 1}, {"epoch": 2}]
 
 
 def test_a_broken_checkpoint_costs_its_epochs_only(tmp_path, make_run, in_process_engine, watcher):

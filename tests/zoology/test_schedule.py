@@ -208,6 +208,11 @@ def test_time_on_a_gpu_is_divided_among_its_runs(engine, monkeypatch):
         engine.start(name, name, "", GB)
     assert where(engine) == {"cuda:0": {"a", "c"}, "cuda:1": {"b"}}
     shares = {}
+    clock[0] = 20.0
+    engine._clock()
+    (worker,) = (worker for worker in engine._workers if worker.run_id == "a")
+    (event,) = worker._receive(("epoch", "a", {"epoch": 1}, None))
+    assert event == EpochDone("a", {"epoch": 1}, None, pytest.approx((10 + 10 / 2) / 20))
     for name, at in (("a", 30.0), ("b", 35.0), ("c", 50.0)):
         clock[0] = at
         engine._clock()
@@ -281,7 +286,7 @@ class SimulatedEngine:
             return [Finished(run_id, record, None)]
         self.on_disk.add(task["point"])
         task |= {"what": "train", "left": self.train_seconds[task["point"]], "since": self.now}
-        return [EpochDone(run_id, {"epoch": 1})]
+        return [EpochDone(run_id, {"epoch": 1, "train_seconds": 1.0})]
 
     def stop(self):
         pass

@@ -41,6 +41,7 @@ class EpochDone(NamedTuple):
     run_id: str
     epoch: dict[str, Any]
     peak_memory: int | None = None
+    device_share: float = 1.0  # as in Finished, so far
 
 
 class Finished(NamedTuple):
@@ -231,6 +232,11 @@ class _Worker:
         return self.process is not None and self.process.is_alive()
 
     @property
+    def share(self) -> float:
+        """Of its device's time since its run started, what was that run's own."""
+        return min(1.0, self.shared / max(time.monotonic() - self.since, 1e-9))
+
+    @property
     def claim(self) -> float:
         """Bytes of its device that are not for others: 0 if there is no process."""
         if self.run_id is None:
@@ -287,7 +293,7 @@ class _Worker:
         elif kind == "epoch":
             run_id, epoch, memory = rest
             self.needs = max(self.needs, memory.peak if memory else 0)
-            yield EpochDone(run_id, epoch, memory and memory.peak)
+            yield EpochDone(run_id, epoch, memory and memory.peak, self.share)
         elif kind == "done":
             run_id, record, failure, memory = rest
             self.run_id = self.deadline = None
@@ -295,8 +301,7 @@ class _Worker:
             # After an illegal access nothing runs in that process any more; a loss that is not finite harms nobody.
             if failure is not None and failure.kind != "diverged" and self.setup.device.startswith("cuda"):
                 self.kill()
-            share = min(1.0, self.shared / max(time.monotonic() - self.since, 1e-9))
-            yield Finished(run_id, record, failure, memory and memory.peak, share)
+            yield Finished(run_id, record, failure, memory and memory.peak, self.share)
 
     def _give_up(self, run_id: str, kind: str, message: str) -> Finished:
         self.kill()

@@ -97,9 +97,12 @@ class RayEngine:
         for ref in ended:
             run_id = self._refs.pop(ref)
             self._deadlines.pop(run_id, None)
-            share = 1 / self._jobs if self._on_gpu else 1.0
-            events.append(Finished(run_id, *self._outcome(ref), device_share=share))
+            events.append(Finished(run_id, *self._outcome(ref), device_share=self._share))
         return events + self._give_up_late()
+
+    @property
+    def _share(self) -> float:
+        return 1 / self._jobs if self._on_gpu else 1.0
 
     def _messages(self) -> list[Event]:
         events = []
@@ -108,7 +111,7 @@ class RayEngine:
                 self._deadlines[run_id] = time.monotonic() + (self._timeout or float("inf"))
                 events.append(Started(run_id, content))
             else:
-                events.append(EpochDone(run_id, content))
+                events.append(EpochDone(run_id, content, device_share=self._share))
         return events
 
     def _outcome(self, ref: Any) -> tuple[dict[str, Any] | None, Failure | None]:

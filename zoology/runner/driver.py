@@ -61,6 +61,31 @@ class View(Protocol):
     def end(self) -> None: ...
 
 
+class DeviceShare:
+    """What a run had of its device's time beside others, over all its attempts.
+
+    Each counts by the training time of the epochs that were kept of it. `before` has the metrics of earlier attempts:
+    an epoch that is reported again, by its seconds the very same, comes from a checkpoint.
+    """
+
+    def __init__(self, before: Iterable[dict[str, Any]] = ()):
+        self._before = {(line.get("epoch"), line.get("train_seconds")): line.get("device_share") for line in before}
+        self._seconds = 0.0  # in training so far
+        self._kept = (0.0, 0.0)  # of them, those in the checkpoint, and the share of those
+
+    def add(self, epoch: dict[str, Any], share: float) -> float:
+        """The run's share up to this epoch, `share` being that of the attempt at hand."""
+        self._seconds += epoch["train_seconds"]
+        if (kept := self._before.get((epoch["epoch"], epoch["train_seconds"]))) is not None:
+            self._kept = (self._seconds, kept)
+        return self.total(share)
+
+    def total(self, share: float) -> float:
+        """The run's share, `share` being that of the attempt at hand."""
+        seconds, kept = self._kept
+        return share if seconds == 0 else share + (kept - share) * seconds / self._seconds
+
+
 @dataclass
 class Active:
     """A run in progress."""
@@ -71,6 +96,7 @@ class Active:
     worker: int | None = None
     since: float = field(default_factory=time.monotonic)
     epoch: dict[str, Any] | None = None
+    share: DeviceShare = field(default_factory=DeviceShare)
 
     @property
     def fraction(self) -> float:
@@ -270,15 +296,16 @@ class _Sweep:
 
     def _start(self, run: PlannedRun) -> None:
         folder = store.RunFolder(self.directory, run.run_id)
-        self.progress.active[run.run_id] = Active(run, folder)
+        active = self.progress.active[run.run_id] = Active(run, folder)
         try:
             folder.begin(run.config)
         except OSError as error:
             self._fail(run.run_id, Failure("crashed", f"cannot write its files: {error}"))
             return
-        self._give(run)
+        self._give(active)
 
-    def _give(self, run: PlannedRun) -> None:
+    def _give(self, active: Active) -> None:
+        run, active.share = active.run, DeviceShare(active.folder.epochs())
         self.engine.start(run.run_id, run.point_id, run.config.model_dump_json(), self.memory.bytes(run))
 
     def _handle(self, event: Event) -> None:
@@ -292,7 +319,8 @@ class _Sweep:
                 self.memory.observe(active.run, event.peak_memory, whole=False)
             # On a full disk it is the result that decides whether the run is kept.
             with suppress(OSError):
-                active.folder.add_epoch(event.epoch)
+                share = active.share.add(event.epoch, event.device_share)
+                active.folder.add_epoch(event.epoch | {"device_share": share})
             self.view.epoch(active.run, event.epoch)
         elif isinstance(event, Crowded):
             self.memory.crowded(active.run)
@@ -307,7 +335,7 @@ class _Sweep:
             self._fail(event.run_id, event.failure._replace(message=event.failure.message + tries))
 
     def _finish(self, active: Active, event: Finished) -> None:
-        record = event.record | {"device_share": event.device_share}
+        record = event.record | {"device_share": active.share.total(event.device_share)}
         try:
             active.folder.finish(record)
         except OSError as error:
@@ -339,8 +367,7 @@ class _Sweep:
     def _retry(self, active: Active) -> None:
         active.attempt += 1
         active.epoch, active.worker, active.since = None, None, time.monotonic()
-        active.folder.restart()
-        self._give(active.run)
+        self._give(active)
 
     def _fail(self, run_id: str, failure: Failure) -> None:
         active = self.progress.active[run_id]

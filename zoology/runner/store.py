@@ -213,22 +213,25 @@ class RunFolder:
         return self._earlier.exists()
 
     def begin(self, config: RunConfig) -> None:
-        """Forget the outcome of an earlier attempt but for its checkpoint, and write config.json."""
+        """Forget the outcome of an earlier attempt, but for its checkpoint and what led to that; write config.json."""
         self.path.mkdir(exist_ok=True)
-        for name in ("result.json", "error.txt", "metrics.jsonl"):
+        for name in ("result.json", "error.txt", *(() if self.checkpoint.exists() else ("metrics.jsonl",))):
             (self.path / name).unlink(missing_ok=True)
         for left in self.path.glob("*.tmp"):
             left.unlink(missing_ok=True)
         write_atomically(self.path / "config.json", to_json(config.model_dump(mode="json"), indent=1) + "\n")
 
     def add_epoch(self, epoch: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        """Append a line to metrics.jsonl; the first epoch, with which every attempt begins, starts the file anew."""
+        with open(self.path / "metrics.jsonl", "w" if epoch["epoch"] == 1 else "a", encoding="utf-8") as file:
             file.write(to_json(epoch) + "\n")
 
-    def restart(self) -> None:
-        """Another attempt: its epochs count from the start."""
-        (self.path / "metrics.jsonl").unlink(missing_ok=True)
+    def epochs(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, up to one that was cut off."""
+        lines: list[dict[str, Any]] = []
+        with suppress(OSError, ValueError), open(self.path / "metrics.jsonl", encoding="utf-8") as file:
+            lines.extend(json.loads(line) for line in file)
+        return lines
 
     def finish(self, record: dict[str, Any]) -> None:
         """Write result.json, which makes the run finished."""
