@@ -12,6 +12,7 @@ import pytest
 
 import zoology
 from architectures import registry
+from zoology.engines import local
 from zoology.engines.local import LocalEngine
 from zoology.runner import plan, store, worker
 from zoology.runner.driver import Exit, run_sweep
@@ -164,6 +165,18 @@ def test_a_run_that_hangs_is_given_up(tmp_path, make_run, trouble, make_engine, 
     engine = make_engine(trouble, timeout=0.5)
     outcome = run_sweep([run], engine, tmp_path, watcher, total=1)
     assert outcome.failures == {run.run_id: "timed out after 0.5 s"}
+    assert engine.pids() == []
+
+
+@pytest.mark.parametrize("timeout", [None, 100.0])
+def test_a_worker_that_does_not_start_is_not_said_to_be_slow(
+    tmp_path, make_run, make_engine, watcher, monkeypatch, timeout
+):
+    monkeypatch.setattr(local, "START_SECONDS", 0.25)  # importing torch takes longer
+    (run,) = plan.make_plan([make_run()], "cpu")
+    engine = make_engine(timeout=timeout)
+    outcome = run_sweep([run], engine, tmp_path, watcher, total=1)
+    assert outcome.failures == {run.run_id: "the worker process did not take up the run within 0.25 s"}
     assert engine.pids() == []
 
 

@@ -216,6 +216,7 @@ class _Worker:
         self.timeout = timeout
         self.run_id: str | None = None
         self.points: list[str] = []  # of its latest runs: those whose training steps it keeps
+        self.started = False  # its process took up the run
         self.deadline: float | None = None
         self.needs = 0.0  # bytes, of its run
         self.held = 0.0  # bytes, kept after it
@@ -249,7 +250,7 @@ class _Worker:
         self.run_id, self.needs = run_id, needs
         self.points = [*(point for point in self.points if point != point_id), point_id][-KEPT_LOOPS:]
         self.since, self.shared = time.monotonic(), 0.0
-        self.deadline = time.monotonic() + START_SECONDS
+        self.started, self.deadline = False, time.monotonic() + START_SECONDS
         self._log_start = self.log.stat().st_size if self.log.exists() else 0
         # If it died just now, `events` will see that.
         with suppress(OSError):
@@ -282,12 +283,14 @@ class _Worker:
         if not alive:
             yield self._give_up(run_id, "crashed", self._how_it_died())
         elif time.monotonic() > self.deadline:
-            limit = self.timeout if self.timeout is not None else START_SECONDS
-            yield self._give_up(run_id, "timed out", f"timed out after {limit:g} s")
+            late = f"the worker process did not take up the run within {START_SECONDS:g} s"
+            message = f"timed out after {self.timeout:g} s" if self.started else late
+            yield self._give_up(run_id, "timed out", message)
 
     def _receive(self, message: tuple) -> Iterator[Event]:
         kind, *rest = message
         if kind == "started":
+            self.started = True
             self.deadline = float("inf") if self.timeout is None else time.monotonic() + self.timeout
             yield Started(rest[0], self.index)
         elif kind == "epoch":
