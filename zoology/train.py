@@ -67,6 +67,7 @@ class Outcome(NamedTuple):
     backends: dict[str, list[str]]
     execution: Execution = Execution()
     waited_seconds: float | None = None  # as in Epoch
+    resumed: bool = False  # it went on from a checkpoint
 
 
 def train(
@@ -126,6 +127,7 @@ class _Run:
         self.epochs: list[Epoch] = []
         self.best: tuple[float, int, dict] | None = None
         self.scores: dict[str, Score] | None = None  # on validation, of the current weights
+        self.resumed = False
         self.told = False  # that a checkpoint could not be written
 
     def _make_loop(self, load: Callable, mode: Mode):
@@ -214,6 +216,7 @@ class _Run:
             backends=self.loop.backends(),
             execution=self.loop.execution,
             waited_seconds=None if None in waits else sum(waits),
+            resumed=self.resumed,
         )
 
     # -- checkpoints ----------------------------------------------------------------------------------------
@@ -254,3 +257,4 @@ class _Run:
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["device_random"], self.device)
+        self.resumed = True

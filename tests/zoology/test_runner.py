@@ -455,6 +455,17 @@ def test_a_broken_checkpoint_costs_its_epochs_only(tmp_path, make_run, in_proces
     assert record["resumed"] is False
 
 
+def test_a_run_that_could_not_use_its_checkpoint_is_not_said_to_be_resumed(
+    tmp_path, make_run, in_process_engine, watcher
+):
+    (run,) = plan.make_plan([make_run(epochs=2)], "cpu")
+    folder = store.RunFolder(tmp_path, run.run_id)
+    folder.begin(run.config)
+    train(run.config, checkpoint=folder.checkpoint, mode="static")  # another kind of loop than a worker's on a CPU
+    record = sweep([run], tmp_path, in_process_engine(tmp_path), watcher).records[run.run_id]
+    assert record["resumed"] is False
+
+
 def test_rerun_all_starts_from_the_first_epoch(tmp_path, make_run, in_process_engine, watcher):
     (run,) = plan.make_plan([make_run()], "cpu")
     folder = store.RunFolder(tmp_path, run.run_id)

@@ -98,7 +98,7 @@ def execute(setup: Setup, config: RunConfig, on_epoch: Callable[[dict[str, Any]]
     """Train one run and return its record: the content of result.json."""
     started = time.perf_counter()
     checkpoint = store.RunFolder(Path(setup.directory), config.run_id).checkpoint
-    resumed = _usable(checkpoint, config.run_id)
+    _delete_unreadable(checkpoint, config.run_id)
     floors = {part.label: _floors(part.task, config.data.seed, setup.directory) for part in config.data.test}
     reset_peak = _reset_peak_memory()
     outcome = train(
@@ -113,18 +113,17 @@ def execute(setup: Setup, config: RunConfig, on_epoch: Callable[[dict[str, Any]]
         "peak_memory_bytes": peak,
         # Of a resumed run, at least what is known of its earlier attempts.
         "wall_seconds": max(time.perf_counter() - started, outcome.train_seconds),
-        "resumed": resumed,
+        "resumed": outcome.resumed,
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def _usable(checkpoint: Path, run_id: str) -> bool:
-    """Whether there is a checkpoint to go on from; one that cannot be read is deleted, and the run starts anew."""
+def _delete_unreadable(checkpoint: Path, run_id: str) -> None:
+    """A run whose checkpoint cannot be read starts anew."""
     try:
-        return read_checkpoint(checkpoint, run_id) is not None
+        read_checkpoint(checkpoint, run_id)
     except ValueError:
         checkpoint.unlink(missing_ok=True)
-        return False
 
 
 # Three splits of the config at hand and of the one before: runs of a sweep share their data.
