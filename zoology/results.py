@@ -38,9 +38,9 @@ def load(directory: Path | str) -> pd.DataFrame:
     `validation_mean` the run's mean over slices, by which rates are selected. `state_elements` and `state_bytes`
     are per sequence over all layers at the longest test length, `slice_state_*` at the slice's own length.
     `device_share` is what a run had of its device's time beside others, of one that was resumed in all its attempts by
-    their time in training. `alone_seconds` is its time in training as if
-    it had had the device to itself: `train_seconds` without the wait for its turns or, where there are no turns and of
-    records that do not tell, that share of them. `device_seconds` adds that share of the rest of `wall_seconds`.
+    their time in training. `alone_seconds` is its time in training as if it had had the device to itself:
+    `train_seconds` without the wait for its turns or, where an epoch had no turn and of records that do not tell, that
+    share of them. `device_seconds` adds that share of the rest of `wall_seconds`.
     `task_options` is the slice's task as `zoology.tasks.from_config` reads it.
 
     Raises ResultsError for a directory that cannot be read, holds no finished run, or has another schema version.

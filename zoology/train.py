@@ -49,7 +49,7 @@ class Epoch(NamedTuple):
     validation_accuracy: float  # mean of slices
     train_seconds: float  # `waited_seconds` among them
     examples_per_second: float
-    waited_seconds: float | None = None  # for its turn with the device; None where there are no turns
+    waited_seconds: float | None = None  # for its turn with the device; None if it trained without one
 
 
 class Outcome(NamedTuple):
@@ -181,8 +181,8 @@ class _Run:
         shuffle, size = config.data.shuffle, config.data.batch_size
         batches = list(epoch_batches(self.sizes, size, shuffle=shuffle, generator=self.order))
         asked = time.perf_counter()
-        with self.turn or contextlib.nullcontext():
-            waited = None if self.turn is None else time.perf_counter() - asked
+        with self.turn or contextlib.nullcontext(False) as alone:
+            waited = time.perf_counter() - asked if alone else None
             loss = self.loop.train_epoch(number, batches)
             seconds = time.perf_counter() - started
             self.scores = self.loop.score("validation")

@@ -25,6 +25,7 @@ PAUSE = 0.002
 class Turn:
     """A context that one process at a time is in, of those that name the same file; it can be entered again.
 
+    As it is entered it says whether it is: who runs out of patience goes on without a turn, beside whoever has it.
     It ends with the process, however that ends.
     """
 
@@ -32,7 +33,7 @@ class Turn:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # processes that this one starts do not get it
 
-    def __enter__(self) -> Turn:
+    def __enter__(self) -> bool:
         import fcntl
 
         limit = time.monotonic() + PATIENCE
@@ -42,8 +43,8 @@ class Turn:
             except BlockingIOError:
                 time.sleep(PAUSE)
             else:
-                break
-        return self
+                return True
+        return False
 
     def __exit__(self, *_) -> None:
         import fcntl

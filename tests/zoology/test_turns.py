@@ -30,12 +30,15 @@ def test_a_turn_waits_for_the_end_of_another(path, monkeypatch):
     monkeypatch.setattr(turns, "PATIENCE", 0.5)
     first, second = Turn(path), Turn(path)
     for _ in range(2):  # what ended may begin again
-        with first:
+        with first as mine:
+            assert mine is True
             started = time.monotonic()
-            with second:  # out of patience, it goes on
+            with second as mine:  # out of patience, it goes on
+                assert mine is False
                 assert time.monotonic() - started >= 0.5
         started = time.monotonic()
-        with second:
+        with second as mine:
+            assert mine is True
             assert time.monotonic() - started < 0.5
 
 
@@ -89,6 +92,7 @@ class Slow:
 
     def __enter__(self):
         time.sleep(0.2)
+        return True
 
     def __exit__(self, *_):
         pass
@@ -103,6 +107,20 @@ def test_the_wait_for_a_turn_is_known(make_run):
     assert [epoch.waited_seconds for epoch in outcome.epochs] == pytest.approx([0.2, 0.2], abs=0.1)
     assert 0.4 <= outcome.waited_seconds < outcome.train_seconds
     run.epochs[0] = run.epochs[0]._replace(waited_seconds=None)  # of a checkpoint from before it was noted
+    assert run._outcome().waited_seconds is None
+
+
+def test_an_epoch_that_ran_beside_that_of_another_does_not_count_as_alone(make_run, path, monkeypatch):
+    """What it waited says nothing then of what it had of the device while it trained: its share does."""
+    monkeypatch.setattr(turns, "PATIENCE", 0.1)
+    run = train._Run(make_run(epochs=3), torch.device("cpu"), train.load_split, "eager")
+    run.turn = Turn(path)
+    run._train_epoch()
+    with Turn(path):
+        run._train_epoch()
+    run._train_epoch()
+    assert [epoch.waited_seconds is None for epoch in run.epochs] == [False, True, False]
+    assert run.epochs[1].train_seconds >= 0.1
     assert run._outcome().waited_seconds is None
 
 
