@@ -527,12 +527,27 @@ def _read(path: Path, key: str) -> dict[str, Any]:
     return result
 
 
+OF_A_RUN = ("versions", "git", "command", "at", "ceilings")
+
+
 def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Results of one device as one; raises ValueError for results of several."""
+    """Results of one device as one; raises ValueError for results of several.
+
+    What is `OF_A_RUN` stands in the document for the first run, and in `later_runs`[n - 1] for records with `run`: n.
+    """
     devices = {result["device"]["name"] for result in results}
     if len(devices) > 1:
         raise ValueError(f"results of different devices cannot be joined: {', '.join(sorted(devices))}")
-    return results[0] | {"records": [record for result in results for record in result["records"]]}
+    runs, records = [], []
+    for result in results:
+        own = [{key: result[key] for key in OF_A_RUN if key in result}, *result.get("later_runs", [])]
+        runs += [run for run in own if run not in runs]
+        for record in result["records"]:
+            place = runs.index(own[record.get("run", 0)])
+            bare = {key: value for key, value in record.items() if key != "run"}
+            records.append(bare | ({"run": place} if place else {}))
+    later = {"later_runs": runs[1:]} if len(runs) > 1 else {}
+    return results[0] | later | {"records": records}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

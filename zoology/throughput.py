@@ -502,15 +502,20 @@ class Records:
 
     def __init__(self, document: dict[str, Any], path: Path | None, report: Callable[[str], Any]):
         self.document, self.path, self.report = document, path, report
+        self._run: dict[str, int] = {}
         if path is not None and path.is_file():
             self.document = joined([load(path, key="kind"), document])
+            self._run = {"run": len(self.document["later_runs"])}
 
-    def holds(self, subject: Subject, point: Point) -> bool:
-        asked = {"model": subject.name, **point._asdict(), "layers": subject.config.n_layers}
-        return any(asked.items() <= record.items() for record in self.document["records"])
+    def holds(self, subject: Subject, point: Point, dtype: str, compiled: bool) -> bool:
+        asked = {"model": subject.name, **point._asdict(), "layers": subject.config.n_layers, "dtype": dtype}
+        return any(
+            asked.items() <= record.items() and record.get("execution", {}).get("compiled", compiled) == compiled
+            for record in self.document["records"]
+        )
 
     def add(self, record: dict[str, Any]) -> None:
-        self.document["records"].append(record)
+        self.document["records"].append(record | self._run)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             store.write_atomically(self.path, json.dumps(self.document, indent=1) + "\n")
@@ -627,7 +632,8 @@ def _measure(
     if kernels:
         for record in kernel_records(kernels, found["ceilings"], effort.lock):
             records.add(record)
-    missing = [(one, [point for point in wanted if not records.holds(one, point)]) for one, wanted in planned]
+    settings = _name(dtype), effort.compiled and device.type == "cuda"
+    missing = [(one, [p for p in wanted if not records.holds(one, p, *settings)]) for one, wanted in planned]
     missing = [(one, wanted) for one, wanted in missing if wanted]
     for bench, wanted in _benches(missing, device, dtype, found["ceilings"], effort):
         for point in wanted:

@@ -100,6 +100,20 @@ def test_the_plot_is_drawn_from_the_records_alone(result):
     assert again.read_bytes() != (folder / "plot.png").read_bytes()
 
 
+def test_joined_records_know_their_run():
+    device = {"device": {"name": "one"}}
+    first = device | {"at": "1st", "records": [{"ms": 1}]}
+    later = [{"at": "1st"}, {"at": "3rd"}]
+    other = device | {
+        "at": "2nd",
+        "later_runs": later,
+        "records": [{"ms": 2}, {"ms": 3, "run": 1}, {"ms": 4, "run": 2}],
+    }
+    document = benchmark.joined([first, other])
+    assert document["records"] == [{"ms": 1}, {"ms": 2, "run": 1}, {"ms": 3}, {"ms": 4, "run": 2}]
+    assert (document["at"], document["later_runs"]) == ("1st", [{"at": "2nd"}, {"at": "3rd"}])
+
+
 def test_results_of_one_device_are_joined(result, tmp_path):
     document, folder = result
     both = ["--draw", str(folder / "records.json")] * 2

@@ -153,6 +153,28 @@ def test_only_what_is_missing_is_measured(timed):
     assert [(r["model"], r["batch"]) for r in again[len(document["records"]) :]] == [(name, 3) for name in MODELS]
 
 
+def test_another_run_into_a_file_keeps_what_it_was_measured_with(tmp_path, monkeypatch):
+    path, speeds = tmp_path / "records.json", iter([1e9, 2e9, 4e9])
+    monkeypatch.setattr(throughput, "measure_ceilings", lambda _: {"copy": next(speeds), "fp32": 1e12, "bf16": 1e12})
+    tiny = ["--device", "cpu", "--repeats", 1, "--models", MODELS[0], "--batch", "", "--out", path]
+    run(*tiny, "--length", "16")
+    run(*tiny, "--length", "16,32")
+    run(*tiny, "--length", "16,32", "--dtype", "bf16")  # other points than those in float32
+    document = json.loads(path.read_text())
+    found = [(one["length"], one["dtype"], one.get("run", 0)) for one in document["records"]]
+    assert found == [(16, "fp32", 0), (32, "fp32", 1), (16, "bf16", 2), (32, "bf16", 2)]
+    assert [one["ceilings"]["copy"] for one in (document, *document["later_runs"])] == [1e9, 2e9, 4e9]
+    for one in document["records"]:
+        moved, speed = one["moved"], 1e9 * 2 ** one.get("run", 0)
+        total = moved["weight_bytes"] + moved["state_bytes_read"] + moved["state_bytes_written"]
+        assert one["bound"]["bandwidth_ms"] == pytest.approx(1e3 * total / speed)
+    run(*tiny, "--length", "16,32", "--dtype", "bf16")
+    assert json.loads(path.read_text()) == document
+    run("--draw", path, "--draw", path, "--plot", tmp_path, "--out", tmp_path / "joined.json")
+    twice = json.loads((tmp_path / "joined.json").read_text())
+    assert twice == document | {"records": document["records"] * 2}
+
+
 def test_figures_are_drawn_from_the_records_alone(timed, tmp_path):
     _, path, _ = timed
     run("--draw", path, "--plot", tmp_path, "--out", tmp_path / "joined.json")
