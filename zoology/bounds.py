@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from architectures.mixer import State, clone_state, count_elements, state_tensor
 from zoology.config import ModelConfig
 from zoology.model import Block
 
-FIRST_TOKENS = 8  # before the step whose changes are counted: enough to fill the tails of short convolutions
+FIRST_TOKENS = 8  # before the step whose changes are counted, where a step changes as many after twice as many
 PREFIX_TOKENS = 64
 
 
@@ -58,12 +58,17 @@ class LayerWork:
             self.block = Block(config, index).double().requires_grad_(False).eval()
         self.block.mixer.force_backend("reference")
         self.token = torch.randn(1, config.d_model, generator=torch.Generator().manual_seed(0)).double()
-        self.written, self.weights = self._step_once(config.d_model)
+        self.few, self.weights = self._step_after(FIRST_TOKENS)
+        self.grows = self._step_after(2 * FIRST_TOKENS)[0] != self.few
         self.prefix_weights, self.prefix_operations = self._prefix(config.d_model)
 
     def read(self, position: int) -> dict[str, int]:
         """Elements of every state field once `position` tokens are held."""
         return _elements(self.block.mixer.init_state(1, position, device="meta"))
+
+    def written(self, position: int) -> dict[str, int]:
+        """Elements of every state field that the step which brings its state to `position` tokens changes."""
+        return self._step_after(position - 1)[0] if self.grows else self.few
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the layer's counts are kept
     def operations(self, position: int) -> int:
@@ -78,9 +83,13 @@ class LayerWork:
         state = self.block.mixer.init_state(batch, position)
         return _operations(lambda: self.block.step(self.token.expand(batch, -1), state))
 
-    def _step_once(self, d_model: int) -> tuple[dict[str, int], int]:
-        x = torch.randn(1, FIRST_TOKENS, d_model, generator=torch.Generator().manual_seed(1)).double()
-        _, state = self.block.prefill(x, self.block.mixer.init_state(1, 4 * FIRST_TOKENS))
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def _step_after(self, tokens: int) -> tuple[dict[str, int], int]:
+        """Elements of every state field that a step changes after so many tokens, and of the weights that it reads."""
+        state = self.block.mixer.init_state(1, max(tokens + 1, 4 * FIRST_TOKENS))
+        if tokens:
+            x = torch.randn(1, tokens, self.token.shape[1], generator=torch.Generator().manual_seed(1)).double()
+            _, state = self.block.prefill(x, state)
         before = clone_state(state)
         with _Touched() as touched:
             _, after = self.block.step(self.token, state)
@@ -115,38 +124,47 @@ class ModelWork:
 
         `weight_bytes` is the size of a weight, `state_bytes` that of an element by field, as `element_sizes` gives it.
         """
-        read = written = 0
-        for index, kind in enumerate(self.of_layer):
-            layer = self.layers[kind]
-            held = layer.read(position)
-            read += sum(held[name] * state_bytes[f"{index}.{name}"] for name in held)
-            written += sum(layer.written[name] * state_bytes[f"{index}.{name}"] for name in held)
-        return Moved(
-            weight_bytes * (self.head + self._sum("weights")), batch * read, batch * written,
-            batch * (2 * self.head + sum(self.layers[kind].operations(position) for kind in self.of_layer)),
-        )  # fmt: skip
+        read, written = (
+            batch * self._bytes(count, position, state_bytes) for count in (LayerWork.read, LayerWork.written)
+        )
+        operations = 2 * self.head + sum(self.layers[kind].operations(position) for kind in self.of_layer)
+        return Moved(weight_bytes * (self.head + self._sum("weights")), read, written, batch * operations)
+
+    def _bytes(
+        self, count: Callable[[LayerWork, int], dict[str, int]], position: int, state_bytes: Mapping[str, int]
+    ) -> int:
+        """Of the elements that `count` finds in a layer's state at `position`, over all layers."""
+        return sum(
+            number * state_bytes[f"{index}.{name}"]
+            for index, kind in enumerate(self.of_layer)
+            for name, number in count(self.layers[kind], position).items()
+        )
 
     def prefill(
         self, batch: int, length: int, weight_bytes: int, state_bytes: Mapping[str, int], prefix_length: int = 0
     ) -> Moved:
         """`length` tokens from an empty state to the logits of the last one, the first `prefix_length` as a prefix."""
-        held = self.step(batch, length, weight_bytes, state_bytes).state_bytes_read
+        held = batch * self._bytes(LayerWork.read, length, state_bytes)
         weights = self.head + self._sum("weights") + (self._sum("prefix_weights") if prefix_length else 0)
         operations = prefix_length * self._sum("prefix_operations") + 2 * self.head
         operations += sum(self._summed_operations(self.layers[kind], length) for kind in self.of_layer)
         return Moved(weight_bytes * weights, 0, held, batch * operations)
 
     def _summed_operations(self, layer: LayerWork, length: int) -> float:
-        """Operations of the steps 1 to `length`, by trapezoids: between powers of two they are straight lines."""
+        """Operations of the steps 1 to `length`: between powers of two straight lines, or several where they bend."""
         at = sorted({min(2**power, length) for power in range(length.bit_length() + 1)})
-        total = layer.operations(at[0])
-        for low, high in itertools.pairwise(at):
-            ends = layer.operations(low), layer.operations(high)
-            total += (high - low) * (ends[0] + ends[1]) / 2 + (ends[1] - ends[0]) / 2
-        return total
+        return layer.operations(at[0]) + sum(_summed(layer.operations, *ends) for ends in itertools.pairwise(at))
 
     def _sum(self, name: str) -> float:
         return sum(getattr(self.layers[kind], name) for kind in self.of_layer)
+
+
+def _summed(count: Callable[[int], float], low: int, high: int) -> float:
+    """The sum of `count` over low + 1 to high, by straight lines that hold in the middle."""
+    first, last, middle = count(low), count(high), (low + high) // 2
+    if high - low > 1 and (high - low) * (count(middle) - first) != (middle - low) * (last - first):
+        return _summed(count, low, middle) + _summed(count, middle, high)
+    return (high - low) * (first + last) / 2 + (last - first) / 2
 
 
 def element_sizes(layers: tuple[State, ...]) -> dict[str, int]:

@@ -26,28 +26,33 @@ def test_attention_by_hand():
     counted = work("attention", bias=False)
     assert counted.weights == 4 * D * D + 2 * D  # the norm has a weight and a bias
     assert counted.read(100) == {"keys": 100 * D, "values": 100 * D, "position": 0}
-    assert counted.written == {"keys": D, "values": D, "position": 0}
+    assert counted.written(100) == {"keys": D, "values": D, "position": 0}
     assert [counted.operations(p) for p in (2, 10, 1000)] == [8 * D * D + 4 * p * D for p in (2, 10, 1000)]
 
 
 def test_a_window_is_read_as_far_as_it_is_filled():
     counted = work("sliding_window", window=24, bias=False)
     assert [counted.read(p)["window_k"] for p in (8, 24, 1000)] == [8 * D, 24 * D, 24 * D]
-    assert counted.written == {"window_k": D, "window_v": D, "position": 0}
+    assert counted.written(1000) == {"window_k": D, "window_v": D, "position": 0}
 
 
 def test_a_recurrent_state_is_read_and_written_whole():
     counted = work("based", feature_dim=4)
     features = 1 + 4 + 10
-    assert counted.read(7) == counted.read(7000) == counted.written == {"kv": features * D, "key_sum": features}
+    assert counted.read(7) == counted.read(7000) == counted.written(70) == {"kv": features * D, "key_sum": features}
     tail = work("base_conv", kernel_size=3)
-    assert tail.read(9) == tail.written == {"conv": 2 * D}
+    assert tail.read(9) == tail.written(9) == {"conv": 2 * D}
+
+
+def test_what_a_step_writes_may_grow():
+    """Inputs move along the tail of a long convolution, as many as there were."""
+    assert [sum(work("long_conv").written(p).values()) for p in (1, 9, 64, 300)] == [D, 9 * D, 64 * D, 300 * D]
 
 
 def test_a_prefix_costs_its_own_projections():
     """Keys and values of the prefix are projections that a step never reads, and a sum that one step does as well."""
     causal, prefix = work("based", feature_dim=4), work("prefix_linear_attention", feature_dim=4)
-    assert (prefix.weights, prefix.written) == (causal.weights, causal.written)
+    assert (prefix.weights, prefix.written(9)) == (causal.weights, causal.written(9))
     assert prefix.prefix_weights == D * 4 + D * D
     assert prefix.prefix_operations >= 2 * prefix.prefix_weights + 2 * 15 * D
     assert (causal.prefix_weights, causal.prefix_operations) == (0, 0)
@@ -64,7 +69,7 @@ def test_every_architecture_can_be_counted(name):
     counted = work(name)
     mixer = counted.block.mixer
     assert counted.read(50) == mixer.state_fields(50)
-    assert 0 < sum(counted.written.values()) <= sum(counted.read(50).values())
+    assert 0 < sum(counted.written(50).values()) <= sum(counted.read(50).values())
     assert counted.operations(40) >= 2 * D * D
     named = sum(parameter.numel() for parameter in counted.block.parameters())
     assert counted.weights + counted.prefix_weights == named
@@ -86,8 +91,9 @@ def test_a_model_is_the_sum_of_its_layers():
     assert list(counted.layers) == [0, 1]
 
 
-def test_prefill_is_the_sum_of_its_steps_with_one_head():
-    shape = config(layer("attention", bias=False), layer("sliding_window", window=8, bias=False))
+@pytest.mark.parametrize("window", [8, 12])
+def test_prefill_is_the_sum_of_its_steps_with_one_head(window):
+    shape = config(layer("attention", bias=False), layer("sliding_window", window=window, bias=False))
     counted, sizes = ModelWork(shape), dict.fromkeys(("0.keys", "0.values", "0.position"), 2)
     sizes |= dict.fromkeys(("1.window_k", "1.window_v", "1.position"), 2)
     head = 2 * 64 * D
